@@ -1,0 +1,77 @@
+"""What the host knows of one call: sizes, dtypes and options, never a value that lives on the
+device.
+
+A problem decides which implementation runs, how its schedule is laid out and which kernel variant
+is compiled. Sizes that change from one engine step to the next and change no code (how many pages
+the cache has, how wide the page table is) are carried along but left out of equality, so that a
+cache keyed on a problem is not missed because a table grew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class DecodeProblem:
+    """Absorbed attention of `queries` query tokens over a paged latent cache."""
+
+    dtype: torch.dtype
+    batch: int
+    s_q: int | None
+    """Query tokens of every request, or None for ragged queries (`cu_seqlens_q`)."""
+    queries: int
+    """Query tokens of the whole batch."""
+    heads: int
+    latent: int
+    """Width of `q_nope`."""
+    rope: int
+    """Width of `q_rope`; 0 where there is none."""
+    value_dim: int
+    """Width of the value: `latent`, or `latent + rope` where the rope part is inside the value."""
+    page_size: int
+    csr: bool
+    """Whether the page table is CSR (`indptr`, `indices`) rather than dense."""
+    causal: bool
+    fused: bool
+    """Whether rotary keys, if any, stand behind the latents in one tensor."""
+    ckv_stride_slot: int
+    """Elements from one token's latent to the next one's in a page."""
+    kpe_stride_slot: int
+    """Likewise for rotary keys in a tensor of their own, else 0."""
+    aligned: bool = True
+    """Whether every address the kernels compute is a multiple of 16 bytes."""
+    allow_tf32: bool = False
+    max_kv_len: int = field(default=2**31 - 1, compare=False)
+    num_pages: int = field(default=2**31 - 1, compare=False)
+
+    @property
+    def key_dim(self) -> int:
+        return self.latent + self.rope
+
+    @property
+    def key_tail(self) -> int:
+        """Key columns that are not part of the value."""
+        return self.key_dim - self.value_dim
+
+    @property
+    def rope_in_value(self) -> bool:
+        return self.rope > 0 and self.key_tail == 0
+
+    @property
+    def ragged(self) -> bool:
+        return self.s_q is None
+
+    @property
+    def mean_s_q(self) -> int:
+        """Query tokens of a request, rounded up to a whole number where they are ragged."""
+        if self.s_q is not None:
+            return self.s_q
+        return -(-self.queries // max(1, self.batch))
+
+    @property
+    def rows(self) -> int:
+        """(query, head) pairs of an average request: the rows that share its keys."""
+        return self.mean_s_q * self.heads
