@@ -1,0 +1,167 @@
+"""The split-KV schedule as plain integers: the definition that its device twin computes.
+
+The keys of a request are cut into tiles of `kv_tile` keys; its rows, (query, head) pairs, into
+groups of `group_rows`. All groups stand in one line, request after request, and the line is cut
+into `parts`. A part is worked on by `lanes` programs side by side, one for each row tile of the
+group, so that they share its keys in the L2 cache. A group that falls into several parts is
+merged afterwards.
+
+Two ways of cutting, chosen by the lengths alone:
+
+* even: every group is cut into equal pieces, each piece a part of its own. Taken where no piece is
+  more than about 15 % above the mean and all pieces fit into the parts there are. An even batch is
+  cut evenly, and no part pays for two groups.
+* packed: parts of equal cost (tiles, plus a constant for each group begun), wherever that falls. A
+  cut close to the end of a group moves to that end.
+
+Both are closed forms over prefix sums, so that a GPU computes every part and every group on its own
+without a serial loop (`mla_triton.kernels.common.schedule`). Nothing here imports torch or Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+TOLERANCE_PERCENT = 115
+"""How far above the mean a piece or a whole request may be before the even cut is given up."""
+SPLIT_BALANCE = 32
+"""Pieces of t tiles pay for up to SPLIT_BALANCE * t * t tiles: longer requests take longer pieces,
+because every piece adds to the merge."""
+SPLIT_STEPS = 64
+SNAP_LIMIT = 8
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The shape of a schedule: how an implementation cuts a problem on a device."""
+
+    kv_tile: int
+    """Keys of a tile; cuts fall between tiles."""
+    row_tile: int
+    """Rows of one program."""
+    lanes: int
+    """Programs that work on a part side by side."""
+    parts: int
+    """Programs along the line; 1 where nothing is ever split."""
+    overhead: int
+    """Cost of beginning a group, in tiles."""
+    max_groups: int
+    """Upper bound of the number of groups, known without reading lengths."""
+
+    @property
+    def group_rows(self) -> int:
+        return self.lanes * self.row_tile
+
+    @property
+    def partial_rows(self) -> int:
+        """Rows of the buffer of partial results: each part may leave two groups unfinished."""
+        return 2 * self.parts * self.group_rows if self.parts > 1 else 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """From tile `first_tile` of `first_group` up to, without it, `last_tile` of `last_group`."""
+
+    first_group: int
+    first_tile: int
+    last_group: int
+    last_tile: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """A run of a request's rows, and the consecutive parts that hold its tiles."""
+
+    request: int
+    index: int
+    splits: int
+    first_part: int
+    """The first of the `splits` parts; 0 for a group in one piece, which nothing has to find."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    parts: tuple[Part, ...]
+    groups: tuple[Group, ...]
+
+
+def cdiv(numerator: int, denominator: int) -> int:
+    return -(-numerator // denominator)
+
+
+def even_up(tiles: int) -> int:
+    """Two tiles make a step of the larger kernel block, so pieces above two tiles are even."""
+    return tiles if tiles <= 2 else tiles + tiles % 2
+
+
+def schedule(
+    kv_lens: Sequence[int], q_lens: Sequence[int], heads: int, geometry: Geometry
+) -> Schedule:
+    """Cuts a batch into parts.
+
+    `kv_lens` and `q_lens` are keys and query tokens of each request; negative ones count as 0.
+    """
+    requests = list(zip(kv_lens, q_lens, strict=True))
+    tiles = [cdiv(max(0, keys), geometry.kv_tile) for keys, _ in requests]
+    groups = [cdiv(max(0, queries) * heads, geometry.group_rows) for _, queries in requests]
+    busy = [b for b, count in enumerate(groups) if count]
+    parts, overhead, count = geometry.parts, geometry.overhead, sum(groups)
+
+    work = sum(groups[b] * tiles[b] for b in busy)
+    longest = max((tiles[b] for b in busy), default=0)
+    floor = 1 + sum(SPLIT_BALANCE * t * t < longest for t in range(1, SPLIT_STEPS))
+    target = max(floor, cdiv(work, parts))
+
+    exact_piece = [max(1, cdiv(t, max(1, t // target))) for t in tiles]
+    piece = [even_up(p) for p in exact_piece]
+    splits = [max(1, cdiv(t, p)) for t, p in zip(tiles, piece, strict=True)]
+    limit = max(target + 1, target * TOLERANCE_PERCENT // 100)
+    even = (
+        max((exact_piece[b] for b in busy), default=0) <= limit
+        and sum(groups[b] * splits[b] for b in busy) <= parts
+    )
+
+    # The line: a group is as long as its pieces (even) or as its cost (packed).
+    unit = splits if even else [t + overhead for t in tiles]
+    before = list(accumulate((g * u for g, u in zip(groups, unit, strict=True)), initial=0))
+    groups_before = list(accumulate(groups, initial=0))
+    size = max(cdiv(before[-1], parts), floor + overhead)
+    whole = cdiv(count, parts) * max((unit[b] for b in busy), default=0)
+    if whole * 100 <= size * TOLERANCE_PERCENT:
+        size = max(1, whole)
+    if even:
+        size = 1
+
+    # A packed cut leaves at least `margin` tiles on either side of it inside a group.
+    step = 2 if size > 4 else 1
+    margin = max(1, min(SNAP_LIMIT, size // 16))
+    lowest = cdiv(margin, step) * step
+    highest = [min((t - margin) // step * step + step, t) - 1 for t in tiles]
+
+    def cut(position: int) -> tuple[int, int]:
+        if position >= before[-1]:
+            return count, 0
+        b = sum(end <= position for end in before[1:])
+        index, offset = divmod(position - before[b], unit[b])
+        group = groups_before[b] + index
+        if even:
+            return group, offset * piece[b]
+        tile = offset - overhead
+        if tile < lowest:
+            return group, 0
+        return (group, tile - tile % step) if tile <= highest[b] else (group + 1, 0)
+
+    def find(b: int, index: int) -> Group:
+        start = before[b] + index * unit[b]
+        if even:
+            return Group(b, index, splits[b], start if splits[b] > 1 else 0)
+        first = cdiv(start + overhead + lowest, size)
+        cuts = max(0, (start + overhead + highest[b]) // size - first + 1)
+        return Group(b, index, 1 + cuts, first - 1 if cuts else 0)
+
+    return Schedule(
+        tuple(Part(*cut(p * size), *cut((p + 1) * size)) for p in range(parts)),
+        tuple(find(b, index) for b in busy for index in range(groups[b])),
+    )
