@@ -1,0 +1,15 @@
+"""What every operation means, in plain PyTorch: slow, exact, on any device, without Triton."""
+
+from mla_triton.reference.decode import decode, decode_same_precision
+from mla_triton.reference.paging import gather_keys, visible_lengths
+from mla_triton.reference.unabsorbed import absorb_queries, attention, project_values
+
+__all__ = [
+    "absorb_queries",
+    "attention",
+    "decode",
+    "decode_same_precision",
+    "gather_keys",
+    "project_values",
+    "visible_lengths",
+]

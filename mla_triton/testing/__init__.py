@@ -1,0 +1,29 @@
+"""What a test of an attention kernel needs: hostile problems, error budgets, argument checks.
+
+`mla_triton.testing.strategies`, which draws problems for hypothesis, is imported by its own name.
+"""
+
+from mla_triton.testing.budget import (
+    DecodeBudget,
+    Report,
+    assert_within_budget,
+    compare,
+    decode_budget,
+)
+from mla_triton.testing.inputs import check_inputs
+from mla_triton.testing.models import MODELS, Model
+from mla_triton.testing.problems import DecodeInputs, decode_inputs, untouched_padding
+
+__all__ = [
+    "MODELS",
+    "DecodeBudget",
+    "DecodeInputs",
+    "Model",
+    "Report",
+    "assert_within_budget",
+    "check_inputs",
+    "compare",
+    "decode_budget",
+    "decode_inputs",
+    "untouched_padding",
+]

@@ -1,0 +1,236 @@
+"""How far a kernel may be from the truth: a budget for every row, derived from the problem itself.
+
+A row is one (query, head). Its budget is twice the sum of
+
+* the error of the same-precision run (`mla_triton.reference.decode_same_precision`) in that row,
+* one rounding of the output,
+* what another order of float32 operations can do to that row. The same-precision run is one draw of
+  those roundings and the kernel another, so a row where the run was lucky must not condemn the
+  kernel. This part follows the probabilistic model of Higham and Mary (2019): n roundings of size u
+  at magnitude m add up to sqrt(n) * u * m. It matters for float32 and for logits in the hundreds;
+  beside the rounding of 16-bit operands it vanishes.
+
+The error of `out` is judged twice, by its largest element and by its root mean square; there the
+three add up in quadrature, as independent errors do. A small error in every element shows in the
+second first. `docs/accuracy.md` has the derivation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mla_triton import reference
+from mla_triton.reference.decode import Request, requests, softmax
+from mla_triton.state import AttentionState
+from mla_triton.testing.problems import DecodeInputs
+
+FACTOR = 2
+FLOAT32 = torch.finfo(torch.float32).eps / 2
+"""Largest relative error of one rounding to float32."""
+
+LOGIT_ROUNDINGS = 6
+"""Operations that each round at the magnitude of a logit or lse, and in the same direction for all
+keys, so that they add up: the factor scale * log2(e), the product with it, the difference to the
+running maximum, the lse of a part, the difference of two such, and the way back to base e."""
+EXP2_ROUNDINGS = 8
+"""A weight takes two exponentials, its own and that of a rescaling, each within 2 units in the last
+place (CUDA C++ Programming Guide, ex2.approx), which are 4 roundings."""
+
+
+@dataclass(frozen=True)
+class DecodeBudget:
+    """The truth about a problem, and how far from it each row may be."""
+
+    exact: AttentionState
+    """The float64 oracle."""
+    out: torch.Tensor
+    """`[..., heads]`: largest error of an element."""
+    out_rms: torch.Tensor
+    """`[..., heads]`: root mean square of the errors of a row."""
+    lse: torch.Tensor
+    """`[..., heads]`"""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `compare` found. Errors and budgets are those of the row closest to, or furthest past,
+    its budget."""
+
+    ok: bool
+    message: str
+    out_error: float = float("nan")
+    out_budget: float = float("nan")
+    out_rms_error: float = float("nan")
+    out_rms_budget: float = float("nan")
+    lse_error: float = float("nan")
+    lse_budget: float = float("nan")
+
+
+def decode_budget(inputs: DecodeInputs, *, allow_tf32: bool = False) -> DecodeBudget:
+    """The oracle and the error budget of a problem, both on the device of `inputs`."""
+    arguments, options = inputs.call_arguments()
+    exact = reference.decode(*arguments, **options)
+    same = reference.decode_same_precision(*arguments, **options, allow_tf32=allow_tf32)
+    order_out, order_lse = _reordering(inputs, exact)
+    error = (same.out.double() - exact.out).abs()
+    unit = torch.finfo(inputs.q_nope.dtype).eps / 2
+    # A rounding is at most one unit; spread evenly, its mean square is a third of that squared.
+    largest = error.amax(-1) + unit * exact.out.abs().amax(-1) + order_out.amax(-1)
+    rounding = unit / 3**0.5 * _rms(exact.out)
+    rms = (_rms(error).square() + rounding.square() + _rms(order_out).square()).sqrt()
+    lse = _difference(same.lse, exact.lse) + FLOAT32 * _finite(exact.lse).abs() + order_lse
+    return DecodeBudget(exact, FACTOR * largest, FACTOR * rms, FACTOR * lse)
+
+
+def _reordering(inputs: DecodeInputs, exact: AttentionState) -> tuple[torch.Tensor, torch.Tensor]:
+    """What another order of float32 operations can change, of `out` per element and of `lse`."""
+    arguments, options = inputs.call_arguments()
+    softmax_scale, value_dim = options.pop("softmax_scale"), options.pop("value_dim")
+    out, lse = torch.zeros_like(exact.out), torch.zeros_like(exact.lse)
+    for request in requests(*arguments, **options):
+        out[request.rows], lse[request.rows] = _reordering_of_request(
+            request, softmax_scale, value_dim or inputs.q_nope.shape[-1]
+        )
+    return out, lse
+
+
+def _reordering_of_request(
+    request: Request, softmax_scale: float, value_dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    query, keys = request.query.double(), request.keys.double()
+    values = keys[:, :value_dim]
+    weights, lse = softmax(query, keys, request.visible, softmax_scale)
+    out, reach = weights @ values, lse.nan_to_num(0.0, neginf=0.0).abs()[..., None]
+
+    # A partial sum of a logit has come as far as the logit and strays as far as its terms in
+    # quadrature.
+    logits = query @ keys.T * softmax_scale
+    stray = (query.square() @ keys.T.square()).sqrt() * softmax_scale
+    sums = keys.shape[1] ** 0.5 * (logits.square() + stray.square()).sqrt()
+    logit_error = FLOAT32 * (sums + LOGIT_ROUNDINGS * (logits.abs() + reach) + EXP2_ROUNDINGS)
+
+    # Common shifts of all logits cancel in out, the rest is independent from key to key.
+    moved = (weights * logit_error).square()
+    spread = moved @ values.square() - 2 * out * (moved @ values)
+    spread += out.square() * moved.sum(-1, keepdim=True)
+    drift = out.square() + weights.square() @ values.square()
+    additions = keys.shape[0]
+    independent = (spread.clamp_min(0) + additions * FLOAT32**2 * drift).sqrt()
+    lse_change = (weights * logit_error).sum(-1) + FLOAT32 * additions**0.5
+
+    # Equal terms round alike: over a sum that grows to what they have in common, an average of half
+    # of it, their roundings add up one by one.
+    alike = FLOAT32 * additions / 2 * _common_weight(weights, request.visible)
+    out_change = independent + alike[..., None] * _common_value(values)
+    return out_change, (lse_change + alike).masked_fill(lse == float("-inf"), 0.0)
+
+
+def _common_weight(weights: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    """`[s_q, heads]`: the weight all visible keys would have if each had that of the least."""
+    least = weights.masked_fill(~visible[:, None, :], float("inf")).amin(-1)
+    count = visible.sum(-1)[:, None]
+    return torch.where(count > 0, count * least, 0.0)
+
+
+def _common_value(values: torch.Tensor) -> torch.Tensor:
+    """`[value_dim]`: what is in every value, in absolute terms; 0 where signs differ."""
+    return torch.maximum(values.amin(0), -values.amax(0)).clamp_min(0)
+
+
+def compare(
+    state: AttentionState, inputs: DecodeInputs, budget: DecodeBudget | None = None
+) -> Report:
+    """Judges the result of a decode kernel against its budget.
+
+    `state` is on the device of `inputs`. Where the oracle is infinite or NaN the result has to be
+    the same, and nowhere else; only then are numbers compared.
+    """
+    budget = decode_budget(inputs) if budget is None else budget
+    exact = budget.exact
+    expected = {
+        "out": (exact.out.shape, inputs.q_nope.dtype),
+        "lse": (exact.lse.shape, torch.float32),
+    }
+    for name, (shape, dtype) in expected.items():
+        got = getattr(state, name)
+        if got.shape != shape or got.dtype != dtype:
+            kind = f"{dtype} {list(shape)}"
+            return Report(False, f"{name} is {got.dtype} {list(got.shape)}, expected {kind}")
+    for name in ("out", "lse"):
+        got, truth = getattr(state, name).double(), getattr(exact, name)
+        strange = ~(got.isfinite() & truth.isfinite())
+        wrong = strange & (got.nan_to_num(1.5) != truth.nan_to_num(1.5))
+        wrong |= got.isnan() != truth.isnan()
+        if wrong.any():
+            where = _first(wrong)
+            values = f"{got[where].item()}, expected {truth[where].item()}"
+            return Report(
+                False, f"{name}{list(where)} is {values} ({int(wrong.sum())} such elements)"
+            )
+    return _judge(state, budget)
+
+
+def assert_within_budget(
+    state: AttentionState, inputs: DecodeInputs, budget: DecodeBudget | None = None
+) -> None:
+    """Raises AssertionError, naming the worst element, unless `compare` accepts the result."""
+    report = compare(state, inputs, budget)
+    if not report.ok:
+        raise AssertionError(f"{report.message}\n{inputs!r}")
+
+
+def _judge(state: AttentionState, budget: DecodeBudget) -> Report:
+    exact, messages = budget.exact, []
+    found: dict[str, float] = {}
+    error = _difference(state.out, exact.out)
+    lse_error = _difference(state.lse, exact.lse)
+    measures = {
+        "out": (error.amax(-1), budget.out),
+        "out_rms": (_rms(error), budget.out_rms),
+        "lse": (lse_error, budget.lse),
+    }
+    for name, (row_error, allowed) in measures.items():
+        if not row_error.numel():
+            found |= {f"{name}_error": 0.0, f"{name}_budget": 0.0}
+            continue
+        # Without a budget (an empty row, a value that no rounding changes) any error is too much.
+        share = torch.where(allowed > 0, row_error / allowed, row_error / 0.0).nan_to_num(0.0)
+        row = _index(int(share.argmax()), share.shape)
+        found |= {f"{name}_error": row_error[row].item(), f"{name}_budget": allowed[row].item()}
+        over = int((share > 1).sum())
+        if over:
+            where = row if name == "lse" else (*row, int(error[row].argmax()))
+            got, truth = (getattr(s, name[:3])[where].item() for s in (state, exact))
+            messages.append(
+                f"{name.replace('_', ' ')} error {row_error[row].item():.3g} is over its budget "
+                f"{allowed[row].item():.3g} at {name[:3]}{list(where)}: {got:.9g}, expected "
+                f"{truth:.9g} ({over} of {share.numel()} rows)"
+            )
+    return Report(not messages, "; ".join(messages) or "within budget", **found)
+
+
+def _difference(got: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """|got - truth| in float64, 0 where both are the same infinity or NaN."""
+    return (_finite(got.double()) - _finite(truth)).abs()
+
+
+def _finite(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.where(tensor.isfinite(), tensor, 0.0)
+
+
+def _rms(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.square().mean(-1).sqrt()
+
+
+def _first(mask: torch.Tensor) -> tuple[int, ...]:
+    return _index(int(mask.flatten().to(torch.uint8).argmax()), mask.shape)
+
+
+def _index(flat: int, shape: torch.Size) -> tuple[int, ...]:
+    index = []
+    for size in reversed(shape):
+        flat, here = divmod(flat, size)
+        index.append(here)
+    return tuple(reversed(index))

@@ -1,0 +1,215 @@
+"""Decode problems made to catch a kernel that reads, writes or computes what it must not.
+
+Always: the pages of a request lie scattered over a larger cache, every cache slot that no request
+owns holds NaN, and the page table past the used pages holds the largest int32. On request: strided
+views, logits of about 900 either way, equal keys, one key that outweighs all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
+from typing import Any, Literal
+
+import torch
+
+from mla_triton.cache import CSRPageTable, LatentCache
+
+UNUSED_PAGE = 2**31 - 1
+LARGE_LOGIT = 900.0
+
+Logits = Literal["normal", "large", "equal_keys", "dominant_key"]
+
+
+@dataclass(frozen=True, repr=False)
+class DecodeInputs:
+    """The arguments of one call of `mla_triton.decode`, and where they came from."""
+
+    q_nope: torch.Tensor
+    q_rope: torch.Tensor | None
+    cache: torch.Tensor | LatentCache
+    page_table: torch.Tensor | CSRPageTable
+    kv_lens: torch.Tensor
+    softmax_scale: float
+    causal: bool = True
+    cu_seqlens_q: torch.Tensor | None = None
+    value_dim: int | None = None
+    max_kv_len: int | None = None
+    padding: int = 0
+    """Columns between the rows of strided tensors."""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """The arguments of `decode_inputs` that made this problem."""
+
+    def call_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments, for `mla_triton.decode` and for the reference."""
+        positional = (self.q_nope, self.q_rope, self.cache, self.page_table, self.kv_lens)
+        names = ("softmax_scale", "causal", "cu_seqlens_q", "value_dim", "max_kv_len")
+        return positional, {name: getattr(self, name) for name in names}
+
+    def output_buffers(self) -> dict[str, torch.Tensor]:
+        """`out` and `lse` filled with NaN, strided where the inputs are."""
+        rows, device = self.q_nope.shape[:-1], self.q_nope.device
+        width = self.q_nope.shape[-1] if self.value_dim is None else self.value_dim
+        out = torch.full((*rows, width), float("nan"), dtype=self.q_nope.dtype, device=device)
+        lse = torch.full(rows, float("nan"), dtype=torch.float32, device=device)
+        return {"out": _padded(out, self.padding), "lse": _padded(lse, self.padding)}
+
+    def to(self, device: torch.device | str) -> DecodeInputs:
+        """The same problem on another device, strides included."""
+        return replace(self, **{f.name: _move(getattr(self, f.name), device) for f in fields(self)})
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.recipe.items())
+        return f"decode_inputs({arguments})"
+
+
+def decode_inputs(
+    *,
+    kv_lens: Sequence[int],
+    s_q: int = 1,
+    q_lens: Sequence[int] | None = None,
+    heads: int = 16,
+    latent: int = 512,
+    rope: int = 64,
+    value_dim: int | None = None,
+    page_size: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    causal: bool = True,
+    layout: Literal["fused", "pair"] = "fused",
+    table: Literal["dense", "csr"] = "dense",
+    strided: bool | int = False,
+    logits: Logits = "normal",
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> DecodeInputs:
+    """A random decode problem; the same arguments give the same values on every device.
+
+    `kv_lens` are the keys of each request, 0 allowed; every request has `s_q` queries or, ragged,
+    `q_lens[b]`, and either may exceed its keys. `strided` leaves 16 bytes between the rows of
+    queries, cache and outputs, or as many columns as it says: an odd number misaligns them. Then
+    q_nope also lies head by head, as a batched product with `W_UK` leaves it. `logits="large"`
+    makes them about 900 either way; with `"equal_keys"` all keys of a request are one, with
+    `"dominant_key"` a single key has nearly all of the weight.
+    """
+    recipe = {name: value for name, value in locals().items() if name != "device"}
+    padding = 16 // dtype.itemsize if strided is True else int(strided)
+    generator = torch.Generator().manual_seed(seed)
+    s_q_of = [s_q] * len(kv_lens) if q_lens is None else list(q_lens)
+    scale = (latent / 4 + rope) ** -0.5  # DeepSeek's nope is a quarter of its latent
+
+    query = torch.randn(sum(s_q_of), heads, latent + rope, generator=generator)
+    if logits == "large":
+        query *= LARGE_LOGIT / (3 * scale * (latent + rope) ** 0.5)
+    keys = [torch.randn(n, latent + rope, generator=generator) for n in kv_lens]
+    bounds = list(accumulate(s_q_of, initial=0))
+    for request, key in enumerate(keys):
+        _shape_keys(key, query[bounds[request] : bounds[request + 1]], logits, generator)
+
+    pages, table_of = _scatter_pages([-(-n // page_size) for n in kv_lens], generator)
+    cache = _fill_cache(keys, table_of, pages, page_size, latent + rope).to(dtype)
+    query = query.to(dtype)
+    if q_lens is None:
+        query = query.unflatten(0, (len(kv_lens), s_q))
+    inputs = DecodeInputs(
+        q_nope=_head_major(query[..., :latent], padding),
+        q_rope=_padded(query[..., latent:], padding) if rope else None,
+        cache=_padded(cache, padding) if layout == "fused" else LatentCache(
+            _padded(cache[..., :latent], padding),
+            _padded(cache[..., latent:], padding) if rope else None,
+        ),
+        page_table=_dense(table_of, padding) if table == "dense" else _csr(table_of),
+        kv_lens=_int32(kv_lens),
+        softmax_scale=scale,
+        causal=causal,
+        cu_seqlens_q=None if q_lens is None else _int32(bounds),
+        value_dim=value_dim,
+        padding=padding,
+        recipe=recipe,
+    )  # fmt: skip
+    return inputs.to(device)
+
+
+def untouched_padding(view: torch.Tensor) -> bool:
+    """Whether what lies between the rows of a buffer from `output_buffers` is still NaN."""
+    whole = torch.empty(0, dtype=view.dtype, device=view.device).set_(view.untyped_storage())
+    whole = whole.clone()
+    whole.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(float("nan"))
+    return bool(whole.isnan().all())
+
+
+def _shape_keys(
+    keys: torch.Tensor, query: torch.Tensor, logits: Logits, generator: torch.Generator
+) -> None:
+    """Turns the normal keys and queries of one request into what `logits` asks for, in place."""
+    if not len(keys):
+        return
+    if logits == "equal_keys":
+        keys[:] = keys[0].clone()
+    if logits == "dominant_key":
+        # All queries lean towards one direction, along which the chosen key lies.
+        direction = torch.randn(keys.shape[1], generator=generator)
+        query *= 0.3
+        query += direction
+        keys[int(torch.randint(len(keys), (), generator=generator))] = direction
+
+
+def _scatter_pages(
+    used: Sequence[int], generator: torch.Generator
+) -> tuple[int, list[torch.Tensor]]:
+    """How many pages the cache has, and which of them each request owns, in order."""
+    total = sum(used)
+    count = total + total // 2 + 2
+    return count, list(torch.randperm(count, generator=generator)[:total].split(list(used)))
+
+
+def _fill_cache(
+    keys: list[torch.Tensor], pages: list[torch.Tensor], count: int, page_size: int, width: int
+) -> torch.Tensor:
+    cache = torch.full((count * page_size, width), float("nan"))
+    for key, page in zip(keys, pages, strict=True):
+        slots = page[:, None] * page_size + torch.arange(page_size)
+        cache[slots.flatten()[: len(key)]] = key
+    return cache.view(count, page_size, width)
+
+
+def _dense(pages: list[torch.Tensor], padding: int) -> torch.Tensor:
+    width = 1 + max((len(page) for page in pages), default=0)
+    table = torch.full((len(pages), width + padding), UNUSED_PAGE, dtype=torch.int32)
+    for row, page in zip(table, pages, strict=True):
+        row[: len(page)] = page
+    return table[:, :width]
+
+
+def _csr(pages: list[torch.Tensor]) -> CSRPageTable:
+    unused = torch.tensor([UNUSED_PAGE])
+    indptr = accumulate((len(page) for page in pages), initial=0)
+    return CSRPageTable(_int32(list(indptr)), torch.cat([*pages, unused]).to(torch.int32))
+
+
+def _padded(tensor: torch.Tensor, padding: int) -> torch.Tensor:
+    """The same values with `padding` columns of NaN after every row."""
+    width = tensor.shape[-1]
+    wider = tensor.new_full((*tensor.shape[:-1], width + padding), float("nan"))
+    wider[..., :width] = tensor
+    return wider[..., :width]
+
+
+def _head_major(query: torch.Tensor, padding: int) -> torch.Tensor:
+    """`[..., heads, width]`, in memory one head after another where rows are padded."""
+    if not padding:
+        return query.contiguous()
+    return _padded(query.movedim(-2, 0), padding).movedim(0, -2)
+
+
+def _int32(values: Sequence[int]) -> torch.Tensor:
+    return torch.tensor(list(values), dtype=torch.int32)
+
+
+def _move(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, (LatentCache, CSRPageTable)):
+        return type(value)(*(_move(tensor, device) for tensor in value))
+    if not isinstance(value, torch.Tensor) or value.device == torch.device(device):
+        return value
+    storage = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage()).to(device)
+    return storage.as_strided(value.shape, value.stride(), value.storage_offset())

@@ -1,0 +1,107 @@
+"""What a compiled kernel takes of a GPU: read from its machine code, so that no GPU is needed."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Shared memory, registers and spills of one kernel."""
+
+    shared_memory: int
+    """Bytes a program."""
+    registers: int
+    """Registers a thread (vector registers on AMD)."""
+    spilled: int
+    """Bytes of stack a thread: what registers could not hold, anywhere in the kernel."""
+    loop_spills: int
+    """Stack accesses inside the innermost loop that multiplies matrices: paid at every step."""
+    instructions: frozenset[str]
+    """Families of matrix instructions found: mma.sync, wgmma, tcgen05, mfma, fma."""
+
+
+def read(compiled: Any) -> Resources:
+    """Resources of a Triton CompiledKernel, for NVIDIA or AMD."""
+    if "cubin" in compiled.asm:
+        return _nvidia(compiled)
+    return _amd(compiled)
+
+
+def innermost_matrix_loop(
+    lines: list[str], label: str, branch: str, matrix: str
+) -> tuple[int, int] | None:
+    """(first, last) line of the shortest loop that holds a matrix instruction.
+
+    A loop is a backward branch: `label` and `branch` are regular expressions whose first group is the
+    label's name.
+    """
+    labels: dict[str, int] = {}
+    loops = []
+    for number, line in enumerate(lines):
+        if found := re.match(label, line):
+            labels[found.group(1)] = number
+        elif (found := re.search(branch, line)) and found.group(1) in labels:
+            loops.append((labels[found.group(1)], number))
+    loops = [loop for loop in loops if any(re.search(matrix, line) for line in lines[slice(*loop)])]
+    return min(loops, key=lambda loop: loop[1] - loop[0], default=None)
+
+
+def _count(lines: list[str], span: tuple[int, int] | None, pattern: str) -> int:
+    return sum(bool(re.search(pattern, line)) for line in lines[slice(*(span or (0, 0)))])
+
+
+def _nvidia(compiled: Any) -> Resources:
+    import triton
+
+    tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+
+    def disassemble(tool: str, *options: str) -> str:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            command = [os.path.join(tools, tool), *options, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    usage = dict(re.findall(r"(REG|STACK):(\d+)", disassemble("cuobjdump", "-res-usage")))
+    lines = disassemble("nvdisasm", "-c").splitlines()
+    matrix = r"\b(HMMA|HGMMA|UTC\w*MMA|FFMA)\b"
+    loop = innermost_matrix_loop(lines, r"\s*(\.L_x_\d+):", r"BRA.*`\((\.L_x_\d+)\)", matrix)
+    ptx = compiled.asm["ptx"]
+    families = {"mma.sync": "mma.sync", "wgmma.mma": "wgmma", "tcgen05.mma": "tcgen05"}
+    found = frozenset(name for text, name in families.items() if text in ptx)
+    return Resources(
+        shared_memory=compiled.metadata.shared,
+        registers=int(usage["REG"]),
+        spilled=int(usage["STACK"]),
+        loop_spills=_count(lines, loop, r"\b(STL|LDL)\b"),
+        instructions=found or frozenset({"fma"}),
+    )
+
+
+def _amd(compiled: Any) -> Resources:
+    text = compiled.asm["amdgcn"]
+
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        if found is None:
+            raise ValueError(f"amdgcn must state {name}, got none")
+        return int(found.group(1))
+
+    lines = text.splitlines()
+    matrix = r"\bv_(mfma|fma|pk_fma|fmac)_"
+    loop = innermost_matrix_loop(
+        lines, r"(\.LBB\d+_\d+):", r"s_c?branch\w*\s+(\.LBB\d+_\d+)", matrix
+    )
+    return Resources(
+        shared_memory=compiled.metadata.shared,
+        registers=field("vgpr_count"),
+        spilled=field("private_segment_fixed_size"),
+        loop_spills=_count(lines, loop, r"\bscratch_(load|store)"),
+        instructions=frozenset({"mfma"} if "v_mfma" in text else {"fma"}),
+    )
