@@ -1,0 +1,1 @@
+"""Kernels, a folder an architecture; `common` holds what they share."""

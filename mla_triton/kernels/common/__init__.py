@@ -1,0 +1,1 @@
+"""Device functions, the schedule kernel and the launch path that all architectures share."""

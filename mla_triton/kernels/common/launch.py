@@ -1,0 +1,117 @@
+"""From a kernel and its compile-time choices to machine code and a launch: the one path to Triton.
+
+A `Variant` is everything machine code depends on. It compiles for any target without a GPU, and the
+same variant is what a call launches, so that what was checked or warmed up is what runs. Triton's
+own launch path (`kernel[grid](...)`) looks at every argument of every call to find the variant
+again; a `Launcher` keeps the compiled handle and hands the arguments to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mla_triton.device import Device
+
+TYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+ALIGNMENT = 16
+"""What an aligned argument is a multiple of: bytes of a pointer, elements of a stride."""
+
+
+def target_of(device: Device) -> GPUTarget:
+    """What Triton calls a device; ValueError for one without machine code."""
+    if device.backend == "hip":
+        return GPUTarget("hip", device.arch, 64)
+    if device.capability is None:
+        raise ValueError(f"device must be a GPU to compile for, got {device.label}")
+    major, minor = device.capability
+    return GPUTarget("cuda", 10 * major + minor, 32)
+
+
+def emulates_bf16(dtype: torch.dtype, device: Device) -> bool:
+    """Whether bfloat16 arithmetic has to be spelt out: Triton's interpreter has none of its own."""
+    return dtype == torch.bfloat16 and device.backend == "interpreter"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel at one set of compile-time choices."""
+
+    function: Any
+    """The `@triton.jit` function; its run-time arguments come first, its constants after them."""
+    types: tuple[tuple[str, str], ...]
+    """(name, Triton type) of the run-time arguments, in order."""
+    constants: tuple[tuple[str, Any], ...]
+    aligned: frozenset[str]
+    """Arguments that are promised to be multiples of `ALIGNMENT`."""
+    num_warps: int = 4
+    num_stages: int = 1
+    programmatic: bool = False
+    """Launched so that it may begin before the kernel before it has ended."""
+
+    def compile(self, device: Device) -> Any:
+        """Machine code for `device`, as Triton's CompiledKernel; launches nothing, needs no GPU."""
+        names = self.function.arg_names
+        constants = dict(self.constants)
+        signature = dict(self.types) | dict.fromkeys(constants, "constexpr")
+        if tuple(signature) != tuple(names):
+            raise ValueError(f"arguments of {self.function.__name__} must be {names}")
+        source = ASTSource(
+            self.function,
+            signature,
+            {(names.index(name),): value for name, value in constants.items()},
+            {(names.index(name),): [["tt.divisibility", ALIGNMENT]] for name in self.aligned},
+        )
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.programmatic:
+            options["launch_pdl"] = True
+        return triton.compile(source, target=target_of(device), options=options)
+
+
+class Launcher:
+    """A variant on one device: compiled at the first call, launched at every call."""
+
+    def __init__(self, variant: Variant, device: Device, index: int | None) -> None:
+        self.variant = variant
+        self.device = device
+        self.index = index
+        self._compiled: Any = None
+        self._filler = tuple(None for _ in variant.constants)
+
+    def __call__(self, grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
+        """Launches on the device's current stream.
+
+        `arguments` are tensors (None for one that the variant does not read) and integers, in the
+        variant's order.
+        """
+        if self.index is None:
+            self.variant.function[grid](*arguments, **dict(self.variant.constants))
+            return
+        if torch.cuda.current_device() != self.index:
+            with torch.cuda.device(self.index):
+                self(grid, arguments)
+            return
+        if self._compiled is None:
+            self._compiled = self.variant.compile(self.device)
+            self._compiled._init_handles()
+        compiled = self._compiled
+        stream = triton.runtime.driver.active.get_current_stream(self.index)
+        pointers = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+        runtime = triton.knobs.runtime
+        compiled.run(
+            *grid,
+            stream,
+            compiled.function,
+            compiled.packed_metadata,
+            compiled.launch_metadata(grid, stream, *pointers, *self._filler),
+            runtime.launch_enter_hook,
+            runtime.launch_exit_hook,
+            *pointers,
+            *self._filler,
+        )

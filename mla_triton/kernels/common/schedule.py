@@ -1,0 +1,254 @@
+"""The schedule of `mla_triton.plan`, made on the device: one program a cut, no serial loop over
+parts.
+
+What: kv_lens (and cu_seqlens_q) -> where the line of groups is cut, and which parts hold a group.
+Where: every GPU. Work: program p <= parts computes cut p, which ends part p - 1 and begins part
+    p; the
+programs after them write the groups of `BLOCK_B` requests each. Every program adds up all requests
+for itself (prefix sums over blocks of `BLOCK_B`), so none waits for another. Budget: no shared
+memory but what the reductions take.
+
+`mla_triton.plan.schedule` is the definition, and the names here are its names. Sums are int64: no
+lengths that an engine could pass overflow them.
+
+Layout of the result, int32: [number of groups, 0]; then [group, tile] of each of the parts + 1
+cuts; then [request, index, splits, first part] of each group.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from mla_triton import plan
+from mla_triton.kernels.common.launch import Launcher, Variant
+from mla_triton.kernels.common.paged import request_keys, request_queries
+from mla_triton.plan import Geometry
+
+HEADER = tl.constexpr(2)
+CUT = tl.constexpr(2)
+GROUP = tl.constexpr(4)
+TOLERANCE_PERCENT = tl.constexpr(plan.TOLERANCE_PERCENT)
+SPLIT_BALANCE = tl.constexpr(plan.SPLIT_BALANCE)
+SPLIT_STEPS = tl.constexpr(plan.SPLIT_STEPS)
+SNAP_LIMIT = tl.constexpr(plan.SNAP_LIMIT)
+
+SMALL_BATCH = 128
+LARGE_BLOCK = 1024
+
+ARGUMENTS = (
+    ("kv_lens", "*i32"),
+    ("cu_seqlens_q", "*i32"),
+    ("result", "*i32"),
+    ("batch", "i32"),
+    ("s_q", "i32"),
+    ("queries", "i32"),
+    ("heads", "i32"),
+    ("max_kv_len", "i32"),
+    ("parts", "i32"),
+    ("group_rows", "i32"),
+    ("overhead", "i32"),
+    ("max_groups", "i32"),
+)
+
+
+@triton.jit
+def request_sizes(
+    kv_lens, cu_seqlens_q, requests, batch, s_q, queries, heads, max_kv_len, group_rows,
+    KV_TILE: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """(tiles, groups) of a block of requests, int64; a request past the batch has no group."""
+    inside = requests < batch
+    safe = tl.where(inside, requests, 0)
+    keys = request_keys(kv_lens, safe, max_kv_len).to(tl.int64)
+    tiles = (keys + (KV_TILE - 1)) // KV_TILE
+    if RAGGED:
+        _, tokens = request_queries(cu_seqlens_q, safe, s_q, queries, RAGGED)
+        groups = (tokens.to(tl.int64) * heads + (group_rows - 1)) // group_rows
+    else:
+        groups = tl.full(requests.shape, 1, tl.int64)
+    return tiles, tl.where(inside, groups, 0)
+
+
+@triton.jit
+def even_pieces(tiles, target):
+    """(piece before it is made even, piece, number of pieces) of a group under the even cut."""
+    wanted = tl.maximum(tiles // target, 1)
+    exact = tl.maximum((tiles + wanted - 1) // wanted, 1)
+    piece = tl.where(exact > 2, exact + exact % 2, exact)
+    return exact, piece, tl.maximum((tiles + piece - 1) // piece, 1)
+
+
+@triton.jit
+def highest_offset(tiles, margin, step):
+    """The last tile offset at which a packed cut still falls inside a group."""
+    # Shifted by a multiple of the step: integer division rounds towards zero on the device.
+    shift: tl.constexpr = 2 * SNAP_LIMIT
+    last = (tiles - margin + shift) // step * step - shift
+    return tl.minimum(last + step, tiles) - 1
+
+
+@triton.jit
+def schedule_kernel(
+    kv_lens, cu_seqlens_q, result,
+    batch, s_q, queries, heads, max_kv_len, parts, group_rows, overhead, max_groups,
+    KV_TILE: tl.constexpr, RAGGED: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    block = tl.arange(0, BLOCK_B)
+
+    work = tl.zeros([], tl.int64)
+    longest = tl.zeros([], tl.int64)
+    count = tl.zeros([], tl.int64)
+    for start in range(0, batch, BLOCK_B):
+        tiles, groups = request_sizes(
+            kv_lens, cu_seqlens_q, start + block, batch, s_q, queries, heads, max_kv_len,
+            group_rows, KV_TILE, RAGGED,
+        )  # fmt: skip
+        work += tl.sum(groups * tiles, 0)
+        longest = tl.maximum(longest, tl.max(tl.where(groups > 0, tiles, 0), 0))
+        count += tl.sum(groups, 0)
+    t = tl.arange(0, SPLIT_STEPS).to(tl.int64)
+    floor = 1 + tl.sum(((t > 0) & (SPLIT_BALANCE * t * t < longest)).to(tl.int64), 0)
+    target = tl.maximum(floor, (work + parts - 1) // parts)
+
+    worst_piece = tl.zeros([], tl.int64)
+    pieces_used = tl.zeros([], tl.int64)
+    for start in range(0, batch, BLOCK_B):
+        tiles, groups = request_sizes(
+            kv_lens, cu_seqlens_q, start + block, batch, s_q, queries, heads, max_kv_len,
+            group_rows, KV_TILE, RAGGED,
+        )  # fmt: skip
+        exact, _, splits = even_pieces(tiles, target)
+        worst_piece = tl.maximum(worst_piece, tl.max(tl.where(groups > 0, exact, 0), 0))
+        pieces_used += tl.sum(groups * splits, 0)
+    limit = tl.maximum(target + 1, target * TOLERANCE_PERCENT // 100)
+    even = (worst_piece <= limit) & (pieces_used <= parts)
+
+    packed_length = work + count * overhead
+    size = tl.maximum((packed_length + parts - 1) // parts, floor + overhead)
+    largest = tl.where(count > 0, longest + overhead, 0)
+    whole = (count + parts - 1) // parts * largest
+    size = tl.where(whole * 100 <= size * TOLERANCE_PERCENT, tl.maximum(whole, 1), size)
+    size = tl.where(even, 1, size)
+    step = tl.where(size > 4, 2, 1)
+    margin = tl.maximum(tl.minimum(size // 16, SNAP_LIMIT), 1)
+    lowest = (margin + step - 1) // step * step
+
+    is_cut = program <= parts
+    position = program * size
+    own_start = (program - parts - 1) * BLOCK_B
+    line = tl.zeros([], tl.int64)
+    groups_so_far = tl.zeros([], tl.int64)
+    cut_unit = tl.zeros([], tl.int64)
+    cut_before = tl.zeros([], tl.int64)
+    cut_groups = tl.zeros([], tl.int64)
+    cut_tiles = tl.zeros([], tl.int64)
+    cut_piece = tl.zeros([], tl.int64)
+    for start in range(0, batch, BLOCK_B):
+        requests = start + block
+        tiles, groups = request_sizes(
+            kv_lens, cu_seqlens_q, requests, batch, s_q, queries, heads, max_kv_len,
+            group_rows, KV_TILE, RAGGED,
+        )  # fmt: skip
+        _, piece, splits = even_pieces(tiles, target)
+        unit = tl.where(even, splits, tiles + overhead)
+        length = groups * unit
+        end = line + tl.cumsum(length, 0)
+        before = end - length
+        groups_before = groups_so_far + tl.cumsum(groups, 0) - groups
+        line += tl.sum(length, 0)
+        groups_so_far += tl.sum(groups, 0)
+        if is_cut:
+            found = (before <= position) & (position < end)
+            cut_unit += tl.sum(tl.where(found, unit, 0), 0)
+            cut_before += tl.sum(tl.where(found, before, 0), 0)
+            cut_groups += tl.sum(tl.where(found, groups_before, 0), 0)
+            cut_tiles += tl.sum(tl.where(found, tiles, 0), 0)
+            cut_piece += tl.sum(tl.where(found, piece, 0), 0)
+        elif start == own_start:
+            rows = result + HEADER + CUT * (parts + 1)
+            for index in range(tl.max(groups, 0).to(tl.int32)):
+                place = before + index * unit
+                first = (place + overhead + lowest + size - 1) // size
+                last = (place + overhead + highest_offset(tiles, margin, step)) // size
+                cuts = tl.where(even, splits - 1, tl.maximum(last - first + 1, 0))
+                first_part = tl.where(cuts > 0, tl.where(even, place, first - 1), 0)
+                row = rows + (groups_before + index) * GROUP
+                mask = (index < groups) & (groups_before + index < max_groups)
+                tl.store(row, requests, mask=mask)
+                tl.store(row + 1, index, mask=mask)
+                tl.store(row + 2, (cuts + 1).to(tl.int32), mask=mask)
+                tl.store(row + 3, first_part.to(tl.int32), mask=mask)
+
+    if is_cut:
+        past = position >= line
+        offset = position - cut_before
+        unit = tl.maximum(cut_unit, 1)
+        group = cut_groups + offset // unit
+        tile = offset % unit
+        packed_tile = tile - overhead
+        inside = packed_tile >= lowest
+        after = inside & (packed_tile > highest_offset(cut_tiles, margin, step))
+        packed_tile = tl.where(inside & ~after, packed_tile - packed_tile % step, 0)
+        group = tl.where(even, group, group + after.to(tl.int64))
+        tile = tl.where(even, tile * cut_piece, packed_tile)
+        group = tl.where(past, count, group)
+        tl.store(result + HEADER + CUT * program, tl.minimum(group, max_groups).to(tl.int32))
+        tl.store(result + HEADER + CUT * program + 1, tl.where(past, 0, tile).to(tl.int32))
+        if program == 0:
+            tl.store(result, tl.minimum(count, max_groups).to(tl.int32))
+
+
+def result_size(geometry: Geometry) -> int:
+    """int32 elements of a schedule."""
+    cuts = CUT.value * (geometry.parts + 1)
+    return HEADER.value + cuts + GROUP.value * geometry.max_groups
+
+
+def block_of(batch: int) -> int:
+    return SMALL_BATCH if batch <= SMALL_BATCH else LARGE_BLOCK
+
+
+def variant(batch: int, ragged: bool, kv_tile: int) -> Variant:
+    """The schedule kernel: two block sizes, uniform or ragged queries."""
+    return Variant(
+        schedule_kernel,
+        ARGUMENTS,
+        (("KV_TILE", kv_tile), ("RAGGED", ragged), ("BLOCK_B", block_of(batch))),
+        frozenset(),
+        num_warps=1 if batch <= SMALL_BATCH else 4,
+    )
+
+
+def launch(
+    launcher: Launcher,
+    geometry: Geometry,
+    batch: int,
+    s_q: int,
+    queries: int,
+    heads: int,
+    max_kv_len: int,
+    kv_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    result: torch.Tensor,
+) -> None:
+    """Writes the schedule of the lengths that are on the device now into `result`."""
+    launcher(
+        (geometry.parts + 1 + plan.cdiv(batch, block_of(batch)), 1, 1),
+        [
+            kv_lens,
+            cu_seqlens_q,
+            result,
+            batch,
+            s_q,
+            queries,
+            heads,
+            max_kv_len,
+            geometry.parts,
+            geometry.group_rows,
+            geometry.overhead,
+            geometry.max_groups,
+        ],
+    )

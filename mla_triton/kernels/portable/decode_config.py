@@ -1,0 +1,184 @@
+"""How the portable decode kernel is configured on a card: validity with reasons, and the heuristic.
+
+Two kinds of choice. `Geometry` (row tile, lanes, parts) shapes the schedule; it follows from the
+problem and the card alone, so that a plan can be shared by layers and survives tuning. `Config`
+(keys a step, warps, stages) changes speed alone. Nothing here imports Triton.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mla_triton.device import KIB, Device
+from mla_triton.plan import Geometry, cdiv
+from mla_triton.problem import DecodeProblem
+
+KV_TILE = 32
+"""Keys of a schedule tile. Any `block_n` works with it: a block that begins between two of its own
+multiples hides the keys before the part."""
+OVERHEAD = 4
+"""Cost of beginning a group (its queries, its first load, its result), in tiles."""
+FEW_ROWS = 256
+"""A batch of this many rows or fewer is short of programs, not of bandwidth: small row tiles."""
+MAX_RAGGED_LANES = 64
+ENOUGH_PARTS = 4
+"""With fewer parts than this in one wave of programs, several waves balance better than one."""
+SM_RESERVED = KIB
+"""Shared memory that the driver keeps of every program."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What may be tuned without moving a split boundary."""
+
+    block_n: int
+    """Keys of a step."""
+    num_warps: int
+    num_stages: int
+
+
+def key_tile_bytes(problem: DecodeProblem, block_n: int) -> int:
+    return block_n * problem.key_dim * problem.dtype.itemsize
+
+
+def shared_memory(config: Config, problem: DecodeProblem, device: Device, row_tile: int) -> int:
+    """Bytes of shared memory a program takes, as Triton 3.6 lays it out: an upper estimate.
+
+    `tests/test_compile.py` holds it against the machine code of every heuristic config.
+    """
+    item = problem.dtype.itemsize
+    tile = key_tile_bytes(problem, config.block_n)
+    queries = row_tile * problem.key_dim * item
+    scratch = row_tile * config.block_n * max(item, 2) + 4096
+    if device.backend == "hip":
+        return tile * max(1, config.num_stages - 1) + scratch
+    uses_warpgroups = row_tile >= 64 and problem.dtype != torch.float32
+    if device.has_tcgen05 and uses_warpgroups:
+        return 2 * tile * config.num_stages + queries + scratch
+    in_flight = config.num_stages if device.has_wgmma and uses_warpgroups else config.num_stages - 1
+    return tile * max(1, in_flight) + queries + scratch
+
+
+def why_not(problem: DecodeProblem, device: Device) -> str | None:
+    """The reason this implementation cannot take a problem, or None."""
+    if not device.runs_triton:
+        return "the tensors are on the CPU and Triton's interpreter is off (TRITON_INTERPRET=1)"
+    if device.capability is not None and device.capability < (8, 0):
+        return f"it needs capability 8.0 or later, this card has {device.label}"
+    if not 16 <= problem.value_dim <= 512 or problem.value_dim & (problem.value_dim - 1):
+        return f"value_dim must be a power of two in [16, 512], got {problem.value_dim}"
+    tail = problem.key_tail
+    if tail and (not 16 <= tail <= 128 or tail & (tail - 1)):
+        return f"the rotary key must have 0, 16, 32, 64 or 128 columns, got {tail}"
+    return None
+
+
+def is_valid(
+    config: Config, problem: DecodeProblem, device: Device, row_tile: int
+) -> tuple[bool, str]:
+    """Whether a config can be compiled and launched, with the rule that decides it."""
+    if config.block_n < 16 or config.block_n & (config.block_n - 1):
+        return False, f"block_n must be a power of two from 16 on, got {config.block_n}"
+    needed = shared_memory(config, problem, device, row_tile)
+    if needed > device.shared_memory:
+        return (
+            False,
+            f"needs {needed} bytes of shared memory, {device.label} has {device.shared_memory}",
+        )
+    return True, f"takes {needed} of {device.shared_memory} bytes of shared memory"
+
+
+def row_tile(problem: DecodeProblem, device: Device) -> int:
+    """Rows of a program: as many as registers and shared memory hold, so that keys are read once.
+
+    float32 multiplies without tensor cores below tf32, and 16 rows fill the registers.
+    """
+    if problem.dtype == torch.float32 or device.backend == "interpreter":
+        return 16
+    if problem.rows <= 16 or problem.batch * problem.rows <= FEW_ROWS:
+        return 16
+    # AMD: 64 rows spill inside the key loop. 99 KiB cards: 64 rows of a 512-wide latent do not fit.
+    large = Config(64 if not device.has_tcgen05 else 32, num_warps=8, num_stages=2)
+    if problem.rows <= 32 or device.backend == "hip":
+        return 32
+    return 64 if is_valid(large, problem, device, 64)[0] else 32
+
+
+def candidates(problem: DecodeProblem, device: Device, rows: int) -> list[tuple[Config, str]]:
+    """Configs for a row tile, best first, with the reason for each."""
+    if device.backend == "interpreter":
+        return [(Config(64, 4, 1), "the interpreter has neither warps nor stages")]
+    if problem.dtype == torch.float32:
+        warps = 4 if device.backend == "hip" else 8
+        return [(Config(16, warps, 2), "float32 by FMA: more keys or fewer warps spill")]
+    if device.backend == "hip":
+        return [
+            (Config(32, 4, 2), "one tile in LDS, the next in registers"),
+            (Config(16, 4, 2), "half the keys where LDS is short"),
+        ]
+    if rows == 64:
+        if device.has_tcgen05:
+            return [(Config(32, 8, 2), "tcgen05 keeps a second copy of the keys: 32 a step fit")]
+        return [(Config(64, 8, 2), "64 rows: accumulator over 8 warps, one program an SM")]
+    if rows == 32:
+        return [
+            (Config(64, 4, 2), "two programs an SM hide each other's loads")
+            if device.shared_memory >= 227 * KIB
+            else (Config(32, 8, 2), "8 warps keep 32 rows in registers without a spill"),
+            (Config(32, 8, 2), "half the keys where shared memory is short"),
+        ]
+    if device.shared_memory >= 227 * KIB:
+        return [(Config(64, 4, 2), "92 KiB at 512+64: two programs an SM hide each other's loads")]
+    if device.shared_memory >= 163 * KIB:
+        return [(Config(32, 4, 2), "55 KiB at 512+64: two programs an SM hide each other's loads")]
+    return [
+        (Config(32, 4, 3), "one program an SM at 99 KiB: two tiles in flight"),
+        (Config(32, 4, 2), "one tile in flight where shared memory is short"),
+    ]
+
+
+def choose(problem: DecodeProblem, device: Device) -> tuple[Config, str]:
+    """The first candidate that is valid, with its reason; ValueError if none is."""
+    rows = row_tile(problem, device)
+    refused = []
+    for config, reason in candidates(problem, device, rows):
+        valid, rule = is_valid(config, problem, device, rows)
+        if valid:
+            return config, f"{reason}; {rule}"
+        refused.append(f"{config}: {rule}")
+    raise ValueError(f"problem must fit a config on {device.label}, got {problem}: {refused}")
+
+
+def heuristic(problem: DecodeProblem, device: Device) -> Config:
+    """The config without a tuned row: by capability, never timed."""
+    return choose(problem, device)[0]
+
+
+def programs_per_sm(problem: DecodeProblem, device: Device) -> int:
+    """Programs that are resident on an SM together, as far as the schedule counts on it."""
+    config = heuristic(problem, device)
+    needed = shared_memory(config, problem, device, row_tile(problem, device)) + SM_RESERVED
+    # Alone, a request has so little work that the second program only lengthens the merge. More
+    # than four warps with all their registers leave no room for a second program.
+    if problem.batch == 1 or config.num_warps > 4 or device.backend != "cuda":
+        return 1
+    return 2 if 2 * needed <= device.shared_memory + SM_RESERVED else 1
+
+
+def geometry(problem: DecodeProblem, device: Device, parts: int | None = None) -> Geometry:
+    """How the schedule cuts a problem on a card; `parts` overrides the number of parts."""
+    tile = row_tile(problem, device)
+    lanes = max(1, cdiv(problem.rows, tile))
+    if problem.ragged:
+        lanes = min(lanes, MAX_RAGGED_LANES)
+        max_groups = problem.queries * problem.heads // (lanes * tile) + problem.batch
+    else:
+        max_groups = problem.batch
+    if parts is None:
+        slots = device.sm_count * programs_per_sm(problem, device)
+        parts = slots // lanes
+        if parts < ENOUGH_PARTS:
+            parts = max(1, ENOUGH_PARTS * slots // lanes)
+    return Geometry(KV_TILE, tile, lanes, parts, OVERHEAD, max_groups)
