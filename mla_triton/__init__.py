@@ -1,0 +1,22 @@
+"""Multi-head Latent Attention over a paged latent cache: right on every GPU, fast on the one in
+front of you.
+
+Functional, without autograd. `mla_triton.reference` defines every result; `mla_triton.testing`
+says how close a kernel has to come to it.
+"""
+
+from mla_triton.cache import CSRPageTable, LatentCache
+from mla_triton.ops.decode import decode
+from mla_triton.ops.plan import Plan, plan
+from mla_triton.state import AttentionState
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionState",
+    "CSRPageTable",
+    "LatentCache",
+    "Plan",
+    "decode",
+    "plan",
+]

@@ -1,0 +1,252 @@
+"""Decode: absorbed attention over a paged latent cache."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from mla_triton import device as devices
+from mla_triton import reference, select, validate
+from mla_triton.cache import CSRPageTable, LatentCache
+from mla_triton.device import Device
+from mla_triton.kernels.common import combine
+from mla_triton.kernels.common.launch import Launcher
+from mla_triton.kernels.common.tensors import DecodeTensors
+from mla_triton.ops.library import LIBRARY
+from mla_triton.ops.plan import PLAN_KEY, Plan, buffers, plan_key
+from mla_triton.plan import Geometry
+from mla_triton.problem import DecodeProblem
+from mla_triton.state import AttentionState
+
+
+def decode(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor | None,
+    cache: torch.Tensor | LatentCache,
+    page_table: torch.Tensor | CSRPageTable,
+    kv_lens: torch.Tensor,
+    *,
+    softmax_scale: float,
+    causal: bool = True,
+    cu_seqlens_q: torch.Tensor | None = None,
+    value_dim: int | None = None,
+    max_kv_len: int | None = None,
+    allow_tf32: bool = False,
+    plan: Plan | None = None,
+    impl: str | None = None,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+) -> AttentionState:
+    """Attention of absorbed queries over the latents of each request (MLA's MQA form).
+
+    The key of a token is its latent and, behind it, its rotary key; its value is the latent itself.
+
+    Args:
+        q_nope: `[batch, s_q, heads, latent]`, already multiplied by W_UK; with `cu_seqlens_q`
+            `[tokens, heads, latent]`. float16, bfloat16 or float32. Any strides but the last.
+        q_rope: the same with `rope` columns, or None where the model has no rotary key.
+        cache: `[pages, page_size, latent + rope]`, or a `LatentCache` of two tensors. q's dtype.
+        page_table: int32 `[batch, max_pages]`, or a `CSRPageTable`. Entries past a request's keys
+            are not read.
+        kv_lens: int32 `[batch]`, keys of each request, the queries' own included. A length past the
+            table or `max_kv_len` is cut there.
+        softmax_scale: factor of the logits: `(nope + rope) ** -0.5` of the *unabsorbed* head
+            dimensions, times the square of YaRN's mscale where the model has one.
+        causal: whether query i of s_q sees keys j <= kv_len - s_q + i only (bottom-right aligned).
+        cu_seqlens_q: int32 `[batch + 1]`, where each request's query tokens begin, for ragged
+            queries.
+        value_dim: columns of a key that are its value: q_nope's width, or that plus q_rope's where
+            the rotary part is inside the value (DeepSeek-V4).
+        max_kv_len: upper bound of `kv_lens`, checked against the table's width.
+        allow_tf32: whether float32 products may be rounded to tf32.
+        plan: a `Plan` of the same lengths, made by `mla_triton.plan`, to be shared by layers.
+        impl: "portable" or "reference"; refused with a reason where it cannot run, never replaced.
+        out, lse: buffers for the result, for CUDA graphs; `[..., heads, value_dim]` in q's dtype
+            and `[..., heads]` float32.
+
+    Returns:
+        `AttentionState(out, lse)`; lse is the natural logarithm. A row that sees no key has out 0
+        and lse -inf.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule; the message names argument, rule and
+            value.
+        NotImplementedError: no implementation, or not `impl`, can take the problem; says why.
+
+    Source: DeepSeek-V2 (arXiv:2405.04434), section 2.1; docs/math.md derives the absorbed form.
+    """
+    validate.check_tensor("q_nope", q_nope)
+    validate.check_tensor("kv_lens", kv_lens)
+    for name, optional in (
+        ("q_rope", q_rope),
+        ("cu_seqlens_q", cu_seqlens_q),
+        ("out", out),
+        ("lse", lse),
+    ):
+        if optional is not None:
+            validate.check_tensor(name, optional)
+    ckv, kpe = validate.unpack_cache(cache)
+    pages, indptr = validate.unpack_page_table(page_table)
+    if plan is not None and not isinstance(plan, Plan):
+        validate.fail(TypeError, "plan", "be a Plan or None", type(plan).__name__)
+    if out is None:
+        width = q_nope.shape[-1] if value_dim is None else value_dim
+        out = q_nope.new_empty((*q_nope.shape[:-1], width))
+    if lse is None:
+        lse = q_nope.new_empty(q_nope.shape[:-1], dtype=torch.float32)
+    torch.ops.mla_triton.decode(
+        q_nope,
+        q_rope,
+        ckv,
+        kpe,
+        pages,
+        indptr,
+        kv_lens,
+        cu_seqlens_q,
+        None if plan is None else plan.schedule,
+        None if plan is None else plan.partial_out,
+        None if plan is None else plan.partial_lse,
+        out,
+        lse,
+        softmax_scale,
+        causal,
+        value_dim,
+        max_kv_len,
+        allow_tf32,
+        None if plan is None else plan.key,
+        impl,
+    )
+    return AttentionState(out, lse)
+
+
+LIBRARY.define(
+    "decode(Tensor q_nope, Tensor? q_rope, Tensor ckv, Tensor? kpe, Tensor pages, Tensor? indptr, "
+    "Tensor kv_lens, Tensor? cu_seqlens_q, Tensor? schedule, Tensor(a!)? partial_out, "
+    "Tensor(b!)? partial_lse, Tensor(c!) out, Tensor(d!) lse, float softmax_scale, bool causal, "
+    "int? value_dim, int? max_kv_len, bool allow_tf32, int[]? planned, str? impl) -> ()"
+)
+
+
+class Prepared(NamedTuple):
+    """What an implementation needs for a problem on a device, found once and kept."""
+
+    geometry: Geometry
+    key: list[int]
+    """`plan_key` less its first entry: what a plan given by the user must have, too."""
+    kernel: Launcher
+    combine_config: combine.Config
+    combine: Launcher
+
+
+@lru_cache(maxsize=4096)
+def prepare(
+    implementation: ModuleType,
+    problem: DecodeProblem,
+    device: Device,
+    index: int | None,
+    parts: int | None,
+) -> Prepared:
+    geometry = implementation.geometry(problem, device, parts)
+    config = implementation.heuristic(problem, device)
+    combine_config = combine.heuristic(problem, geometry)
+    return Prepared(
+        geometry,
+        plan_key(problem, geometry)[1:],
+        Launcher(implementation.variant(problem, config, geometry, device), device, index),
+        combine_config,
+        Launcher(combine.variant(problem, combine_config, device), device, index),
+    )
+
+
+def _decode(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor | None,
+    ckv: torch.Tensor,
+    kpe: torch.Tensor | None,
+    pages: torch.Tensor,
+    indptr: torch.Tensor | None,
+    kv_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    schedule: torch.Tensor | None,
+    partial_out: torch.Tensor | None,
+    partial_lse: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    softmax_scale: float,
+    causal: bool,
+    value_dim: int | None,
+    max_kv_len: int | None,
+    allow_tf32: bool,
+    planned: list[int] | None,
+    impl: str | None,
+) -> None:
+    problem = validate.decode(
+        q_nope, q_rope, ckv, kpe, pages, indptr, kv_lens, cu_seqlens_q, out, lse,
+        softmax_scale=softmax_scale, causal=causal, value_dim=value_dim, max_kv_len=max_kv_len,
+        allow_tf32=allow_tf32,
+    )  # fmt: skip
+    if problem.queries == 0:
+        return
+    device = devices.of(q_nope.device)
+    chosen = select.decode(problem, device, impl)
+    if chosen.name == "reference":
+        state = reference.decode(
+            q_nope,
+            q_rope,
+            ckv if kpe is None else LatentCache(ckv, kpe),
+            pages if indptr is None else CSRPageTable(indptr, pages),
+            kv_lens,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            cu_seqlens_q=cu_seqlens_q,
+            value_dim=value_dim,
+            max_kv_len=max_kv_len,
+        )
+        out.copy_(state.out)
+        lse.copy_(state.lse)
+        return
+    parts = None if planned is None else planned[1]
+    ready = prepare(chosen.module, problem, device, q_nope.device.index, parts)
+    if planned is None:
+        planned_kv_len = problem.max_kv_len
+        schedule, partial_out, partial_lse = buffers(problem, ready.geometry, q_nope.device)
+        torch.ops.mla_triton.schedule(kv_lens, cu_seqlens_q, schedule, [planned_kv_len, *ready.key])
+    else:
+        planned_kv_len = planned[0]
+        check_plan(planned, ready.key, chosen.name)
+    assert schedule is not None
+    assert partial_out is not None
+    assert partial_lse is not None
+    tensors = DecodeTensors(
+        q_nope, q_rope, ckv, kpe, pages, indptr, kv_lens, cu_seqlens_q, schedule, planned_kv_len,
+        partial_out, partial_lse, out, lse, softmax_scale,
+    )  # fmt: skip
+    chosen.module.launch(ready.kernel, problem, ready.geometry, tensors)
+    if ready.geometry.parts > 1:
+        combine.launch(ready.combine, problem, ready.combine_config, ready.geometry, tensors)
+
+
+def check_plan(planned: list[int], needed: list[int], implementation: str) -> None:
+    if list(planned[1:]) != needed:
+        names = PLAN_KEY[1:]
+        pairs = zip(names, planned[1:], needed, strict=True)
+        differing = {name: (have, want) for name, have, want in pairs if have != want}
+        got = ", ".join(f"{name} {have}" for name, (have, _) in differing.items())
+        rule = ", ".join(f"{name} {want}" for name, (_, want) in differing.items())
+        rule = f"be made for {rule} as {implementation} needs for this call"
+        validate.fail(ValueError, "plan", rule, got)
+
+
+def _decode_fake(
+    q_nope, q_rope, ckv, kpe, pages, indptr, kv_lens, cu_seqlens_q, schedule, partial_out,
+    partial_lse, out, lse, softmax_scale, causal, value_dim, max_kv_len, allow_tf32, planned, impl,
+):  # fmt: skip
+    return None
+
+
+for _key in ("CPU", "CUDA"):
+    LIBRARY.impl("decode", _decode, _key)
+torch.library.register_fake("mla_triton::decode", _decode_fake, lib=LIBRARY)

@@ -1,0 +1,60 @@
+"""Which implementation computes a problem, and why none of the others does.
+
+The first candidate without a reason against it is taken. An implementation asked for by name is
+taken or refused with its reason, never replaced.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import ModuleType
+from typing import NamedTuple
+
+from mla_triton import reference
+from mla_triton.device import Device
+from mla_triton.kernels.portable import decode as portable_decode
+from mla_triton.problem import DecodeProblem
+
+DECODE = ("portable", "reference")
+"""Implementations of decode, best first."""
+
+
+class Selection(NamedTuple):
+    name: str
+    module: ModuleType
+    """`mla_triton.kernels.<name>.decode`, or `mla_triton.reference`."""
+    reasons: tuple[tuple[str, str | None], ...]
+    """(implementation, why it cannot take the problem or None), best first."""
+
+
+def why_not_reference(device: Device) -> str | None:
+    """The reference copies lengths to the host and gathers every key: never on a GPU by itself."""
+    if device.backend in ("cuda", "hip"):
+        return "it synchronises and copies; on a GPU it runs only when asked for (impl='reference')"
+    return None
+
+
+@lru_cache(maxsize=4096)
+def decode(problem: DecodeProblem, device: Device, impl: str | None = None) -> Selection:
+    """Chooses for a problem on a device.
+
+    Raises ValueError for an `impl` that does not exist, NotImplementedError with every reason where
+    nothing can take the problem, or where `impl` cannot.
+    """
+    modules = {"portable": portable_decode, "reference": reference}
+    reasons = (
+        ("portable", portable_decode.why_not(problem, device)),
+        ("reference", why_not_reference(device)),
+    )
+    if impl is not None:
+        if impl not in DECODE:
+            raise ValueError(f"impl must be one of {', '.join(DECODE)}, got {impl!r}")
+        reason = dict(reasons)[impl]
+        if reason is not None and impl != "reference":
+            raise NotImplementedError(f"impl {impl!r} cannot run this decode: {reason}")
+        return Selection(impl, modules[impl], reasons)
+    for name, reason in reasons:
+        if reason is None:
+            return Selection(name, modules[name], reasons)
+    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons)
+    raise NotImplementedError(f"no implementation of decode can run on {device.label}: {listed}")
