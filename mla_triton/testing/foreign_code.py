@@ -1,13 +1,13 @@
 """Runs on the GPU in this machine the code that is generated for another capability.
 
 PTX made for an older target is legal on every later card. So on a Hopper card the code paths of
-Ampere and Ada (mma.sync, cp.async, their configs and geometries) can be executed, not only compiled:
-PTX whose `.target` is the older capability is assembled for the card that is there, and ptxas refuses
-in it whatever the older card does not have.
+Ampere and Ada (mma.sync, cp.async, their configs and geometries) can be executed, not only
+compiled: PTX whose `.target` is the older capability is assembled for the card that is there, and
+ptxas refuses in it whatever the older card does not have.
 
-What this shows: that the code generated for that capability computes the right numbers. What it does
-not show: that it fits the older card (the compiler's metadata does, for shared memory), what the
-older card's own assembler makes of it, and anything about its speed.
+What this shows: that the code generated for that capability computes the right numbers. What it
+does not show: that it fits the older card (the compiler's metadata does, for shared memory), what
+the older card's own assembler makes of it, and anything about its speed.
 """
 
 from __future__ import annotations

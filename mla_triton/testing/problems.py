@@ -63,6 +63,10 @@ class DecodeInputs:
         arguments = ", ".join(f"{name}={value!r}" for name, value in self.recipe.items())
         return f"decode_inputs({arguments})"
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """How IPython and hypothesis print it, which would else spell out every tensor."""
+        printer.text(repr(self))
+
 
 def decode_inputs(
     *,

@@ -66,7 +66,9 @@ def decode_problems(
         q_lens = draw(st.lists(st.integers(0, max_s_q), min_size=count, max_size=count))
     else:
         s_q = draw(st.integers(1, max_s_q))
-    inside = draw(st.sampled_from(rope_in_value)) and rope > 0
+    layout = draw(st.sampled_from(layouts))
+    # A value that reaches into the rope part needs it in the same tensor.
+    inside = draw(st.sampled_from(rope_in_value)) and rope > 0 and layout == "fused"
     return decode_inputs(
         kv_lens=kv_lens,
         s_q=s_q,
@@ -78,7 +80,7 @@ def decode_problems(
         page_size=page_size,
         dtype=draw(st.sampled_from(dtypes)),
         causal=draw(st.booleans()),
-        layout=draw(st.sampled_from(layouts)),
+        layout=layout,
         table=draw(st.sampled_from(tables)),
         strided=draw(st.sampled_from(paddings)),
         logits=draw(st.sampled_from(logits)),

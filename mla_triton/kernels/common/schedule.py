@@ -21,18 +21,24 @@ import torch
 import triton
 import triton.language as tl
 
-from mla_triton import plan
 from mla_triton.kernels.common.launch import Launcher, Variant
 from mla_triton.kernels.common.paged import request_keys, request_queries
-from mla_triton.plan import Geometry
+from mla_triton.plan import (
+    SNAP_LIMIT,
+    SPLIT_BALANCE,
+    SPLIT_STEPS,
+    TOLERANCE_PERCENT,
+    Geometry,
+    cdiv,
+)
 
 HEADER = tl.constexpr(2)
 CUT = tl.constexpr(2)
 GROUP = tl.constexpr(4)
-TOLERANCE_PERCENT = tl.constexpr(plan.TOLERANCE_PERCENT)
-SPLIT_BALANCE = tl.constexpr(plan.SPLIT_BALANCE)
-SPLIT_STEPS = tl.constexpr(plan.SPLIT_STEPS)
-SNAP_LIMIT = tl.constexpr(plan.SNAP_LIMIT)
+TOLERANCE = tl.constexpr(TOLERANCE_PERCENT)
+BALANCE = tl.constexpr(SPLIT_BALANCE)
+STEPS = tl.constexpr(SPLIT_STEPS)
+SNAP = tl.constexpr(SNAP_LIMIT)
 
 SMALL_BATCH = 128
 LARGE_BLOCK = 1024
@@ -84,7 +90,7 @@ def even_pieces(tiles, target):
 def highest_offset(tiles, margin, step):
     """The last tile offset at which a packed cut still falls inside a group."""
     # Shifted by a multiple of the step: integer division rounds towards zero on the device.
-    shift: tl.constexpr = 2 * SNAP_LIMIT
+    shift: tl.constexpr = 2 * SNAP
     last = (tiles - margin + shift) // step * step - shift
     return tl.minimum(last + step, tiles) - 1
 
@@ -109,8 +115,8 @@ def schedule_kernel(
         work += tl.sum(groups * tiles, 0)
         longest = tl.maximum(longest, tl.max(tl.where(groups > 0, tiles, 0), 0))
         count += tl.sum(groups, 0)
-    t = tl.arange(0, SPLIT_STEPS).to(tl.int64)
-    floor = 1 + tl.sum(((t > 0) & (SPLIT_BALANCE * t * t < longest)).to(tl.int64), 0)
+    t = tl.arange(0, STEPS).to(tl.int64)
+    floor = 1 + tl.sum(((t > 0) & (BALANCE * t * t < longest)).to(tl.int64), 0)
     target = tl.maximum(floor, (work + parts - 1) // parts)
 
     worst_piece = tl.zeros([], tl.int64)
@@ -123,17 +129,17 @@ def schedule_kernel(
         exact, _, splits = even_pieces(tiles, target)
         worst_piece = tl.maximum(worst_piece, tl.max(tl.where(groups > 0, exact, 0), 0))
         pieces_used += tl.sum(groups * splits, 0)
-    limit = tl.maximum(target + 1, target * TOLERANCE_PERCENT // 100)
+    limit = tl.maximum(target + 1, target * TOLERANCE // 100)
     even = (worst_piece <= limit) & (pieces_used <= parts)
 
     packed_length = work + count * overhead
     size = tl.maximum((packed_length + parts - 1) // parts, floor + overhead)
     largest = tl.where(count > 0, longest + overhead, 0)
     whole = (count + parts - 1) // parts * largest
-    size = tl.where(whole * 100 <= size * TOLERANCE_PERCENT, tl.maximum(whole, 1), size)
+    size = tl.where(whole * 100 <= size * TOLERANCE, tl.maximum(whole, 1), size)
     size = tl.where(even, 1, size)
     step = tl.where(size > 4, 2, 1)
-    margin = tl.maximum(tl.minimum(size // 16, SNAP_LIMIT), 1)
+    margin = tl.maximum(tl.minimum(size // 16, SNAP), 1)
     lowest = (margin + step - 1) // step * step
 
     is_cut = program <= parts
@@ -236,7 +242,7 @@ def launch(
 ) -> None:
     """Writes the schedule of the lengths that are on the device now into `result`."""
     launcher(
-        (geometry.parts + 1 + plan.cdiv(batch, block_of(batch)), 1, 1),
+        (geometry.parts + 1 + cdiv(batch, block_of(batch)), 1, 1),
         [
             kv_lens,
             cu_seqlens_q,

@@ -1,0 +1,304 @@
+"""Decodes the shapes of real models and holds each result against the float64 reference.
+
+On a GPU the requests are long, of very different lengths, and what is right is timed as well. In
+Triton's interpreter the same kernels run as Python: fewer heads and keys, no word about speed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+import mla_triton
+from mla_triton import device as devices
+from mla_triton import select, validate
+from mla_triton.testing import MODELS, DecodeInputs, compare, decode_budget, decode_inputs
+
+LONG = (32768, 16384, *[2048] * 8, *[1024] * 12, *[512] * 8, 4097, 130, 65, 64, 63, 1, 0)
+"""Keys of each request on a GPU: one holds a third of all, and one nothing."""
+SHORT = (150, 33, 1, 0)
+"""Keys of each request in the interpreter."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One decode problem: a model's shape on one of `ranks` GPUs, and how it is called."""
+
+    model: str
+    dtype: torch.dtype
+    ranks: int = 1
+    heads: int | None = None
+    """Fewer heads than the rank has, where the interpreter would take too long."""
+    options: tuple[tuple[str, Any], ...] = ()
+    """Further arguments of `decode_inputs`."""
+
+    @property
+    def rank_heads(self) -> int:
+        return self.heads or MODELS[self.model].heads // self.ranks
+
+    @property
+    def shape(self) -> str:
+        """ "DeepSeek-V3/8 h16 512+64": a rank of 8, its heads, latent and rope."""
+        model = MODELS[self.model]
+        ranks = f"/{self.ranks}" if self.ranks > 1 else ""
+        return f"{self.model}{ranks} h{self.rank_heads} {model.latent}+{model.rope}"
+
+    @property
+    def call(self) -> str:
+        """What is special: "s_q 2", "ragged", "csr, page 16"."""
+        options = dict(self.options)
+        s_q = options.get("s_q", 1)
+        said = ["ragged"] if "q_lens" in options else [f"s_q {s_q}"] if s_q > 1 else []
+        said += ["csr"] if options.get("table") == "csr" else []
+        said += [f"page {options['page_size']}"] if "page_size" in options else []
+        return ", ".join(said) or "s_q 1"
+
+    def inputs(self, kv_lens: Sequence[int], device: torch.device) -> DecodeInputs:
+        model = MODELS[self.model]
+        made = decode_inputs(
+            kv_lens=kv_lens,
+            heads=self.rank_heads,
+            latent=model.latent,
+            rope=model.rope,
+            value_dim=model.value_dim,
+            dtype=self.dtype,
+            device=device,
+            **dict(self.options),
+        )
+        return replace(made, softmax_scale=model.softmax_scale)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of a case. Without a result that is right there is no speed."""
+
+    shape: str
+    dtype: str
+    call: str
+    implementation: str
+    config: str
+    ok: bool
+    message: str
+    error: float | None = None
+    budget: float | None = None
+    """Largest error of an output element, and what it may be, in the row closest to its budget."""
+    us: float | None = None
+    gbps: float | None = None
+    bandwidth_percent: float | None = None
+
+
+def cases(on_gpu: bool) -> list[Case]:
+    return _gpu_cases() if on_gpu else _interpreter_cases()
+
+
+def _gpu_cases() -> list[Case]:
+    ranks = [
+        ("DeepSeek-V2-Lite", 1),
+        ("DeepSeek-V3", 1),
+        ("DeepSeek-V3", 8),
+        ("DeepSeek-V3", 16),
+        ("Kimi-K2", 1),
+        ("Kimi-Linear-48B", 1),
+        ("GLM-4.7-Flash", 1),
+        ("GLM-4.7-Flash", 4),
+        ("MiniCPM3-4B", 1),
+        ("Mistral-Small-4", 1),
+        ("DeepSeek-V4-Flash", 1),
+    ]
+    made = [Case(model, torch.bfloat16, n) for model, n in ranks]
+    made += [Case(model, torch.float16, n, options=(("s_q", 2),)) for model, n in ranks]
+    ragged = (("q_lens", [1 + i % 5 for i in range(len(LONG))]),)
+    return [
+        *made,
+        Case("DeepSeek-V3", torch.bfloat16, 8, options=ragged),
+        Case("DeepSeek-V3", torch.bfloat16, 8, options=(("table", "csr"), ("page_size", 16))),
+        Case("DeepSeek-V3", torch.bfloat16, 8, options=(("page_size", 1),)),
+        Case("DeepSeek-V2-Lite", torch.float32),
+    ]
+
+
+def _interpreter_cases() -> list[Case]:
+    def case(model: str, dtype: torch.dtype, heads: int, **options: Any) -> Case:
+        return Case(model, dtype, heads=heads, options=tuple(options.items()))
+
+    return [
+        case("DeepSeek-V2-Lite", torch.float16, 16),
+        case("DeepSeek-V3", torch.bfloat16, 16),
+        case("DeepSeek-V3", torch.float32, 5),
+        case("DeepSeek-V3", torch.float16, 8, s_q=2),
+        case("DeepSeek-V3", torch.float16, 8, q_lens=[3, 1, 0, 2]),
+        case("Kimi-K2", torch.float16, 8, table="csr", page_size=16),
+        case("GLM-4.7-Flash", torch.bfloat16, 20, page_size=1),
+        case("MiniCPM3-4B", torch.float16, 40),
+        case("MiniCPM3-4B", torch.float32, 10, page_size=48),
+        case("Mistral-Small-4", torch.bfloat16, 32),
+        case("DeepSeek-V4-Flash", torch.bfloat16, 8),
+        case("DeepSeek-V4-Flash", torch.float32, 8, s_q=2),
+    ]
+
+
+def run(
+    todo: Iterable[Case], kv_lens: Sequence[int], device: torch.device, bandwidth: float | None
+) -> Iterator[Row]:
+    """Decodes and judges each case; `bandwidth` is bytes per second, None where nothing is timed.
+
+    A case that raises is a row that failed: one broken shape does not hide the others.
+    """
+    for case in todo:
+        row = Row(
+            case.shape, str(case.dtype).removeprefix("torch."), case.call, "-", "-", False, ""
+        )
+        try:
+            yield _judged(case, row, kv_lens, device, bandwidth)
+        except Exception as error:
+            yield replace(row, message=f"{type(error).__name__}: {error}")
+
+
+def _judged(
+    case: Case, row: Row, kv_lens: Sequence[int], device: torch.device, bandwidth: float | None
+) -> Row:
+    inputs = case.inputs(kv_lens, device)
+    implementation, config = _what_runs(inputs)
+    row = replace(row, implementation=implementation, config=config)
+    arguments, options = inputs.call_arguments()
+    state = mla_triton.decode(*arguments, **options)
+    report = compare(state, inputs, decode_budget(inputs))
+    row = replace(
+        row,
+        ok=report.ok,
+        message=report.message,
+        error=_number(report.out_error),
+        budget=_number(report.out_budget),
+    )
+    if not report.ok or bandwidth is None:
+        return row
+    moved = _bytes(inputs, state.out)
+    us = _microseconds(inputs, moved)
+    percent = 100 * moved / (us * 1e-6) / bandwidth
+    return replace(row, us=us, gbps=moved / us / 1e3, bandwidth_percent=percent)
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _what_runs(inputs: DecodeInputs) -> tuple[str, str]:
+    """Implementation and config that a call with these inputs gets."""
+    buffers = inputs.output_buffers()
+    problem = validate.decode(
+        inputs.q_nope,
+        inputs.q_rope,
+        *validate.unpack_cache(inputs.cache),
+        *validate.unpack_page_table(inputs.page_table),
+        inputs.kv_lens,
+        inputs.cu_seqlens_q,
+        buffers["out"],
+        buffers["lse"],
+        softmax_scale=inputs.softmax_scale,
+        causal=inputs.causal,
+        value_dim=inputs.value_dim,
+        max_kv_len=inputs.max_kv_len,
+        allow_tf32=False,
+    )
+    device = devices.of(inputs.q_nope.device)
+    chosen = select.decode(problem, device)
+    if chosen.name == "reference":
+        return chosen.name, "-"
+    config = str(chosen.module.heuristic(problem, device))
+    return chosen.name, config.removeprefix("Config(").removesuffix(")").replace("num_", "")
+
+
+def _bytes(inputs: DecodeInputs, out: torch.Tensor) -> int:
+    """Every key once, the queries and the result."""
+    query = [inputs.q_nope, *([] if inputs.q_rope is None else [inputs.q_rope])]
+    key_bytes = sum(q.shape[-1] for q in query) * out.element_size()
+    keys = int(inputs.kv_lens.clamp_min(0).sum())
+    return keys * key_bytes + sum(tensor.nbytes for tensor in (*query, out))
+
+
+def _microseconds(inputs: DecodeInputs, moved: int) -> float:
+    """Time of a call that finds its cache cold, with a plan made before and reused."""
+    from mla_triton import timing
+
+    arguments, options = inputs.call_arguments()
+    q_nope, q_rope, cache, *rest = arguments
+    plan = mla_triton.plan(
+        inputs.kv_lens,
+        heads=q_nope.shape[-2],
+        latent=q_nope.shape[-1],
+        rope=0 if q_rope is None else q_rope.shape[-1],
+        dtype=q_nope.dtype,
+        s_q=1 if inputs.cu_seqlens_q is not None else q_nope.shape[1],
+        cu_seqlens_q=inputs.cu_seqlens_q,
+        queries=q_nope.shape[0] if inputs.cu_seqlens_q is not None else None,
+        value_dim=inputs.value_dim,
+    )
+    copies = [cache.clone() for _ in range(timing.cold_copies(moved))]
+
+    def call_on(copy: torch.Tensor) -> Any:
+        return lambda: mla_triton.decode(q_nope, q_rope, copy, *rest, plan=plan, **options)
+
+    return timing.microseconds([call_on(copy) for copy in copies])
+
+
+def table(rows: Iterable[Row], timed: bool) -> Iterator[str]:
+    """A heading, then one line a row as it comes, and below it what went wrong."""
+    widths: tuple[int, ...] = (28, 8, 12, 9, 29, 8, 8)
+    titles = ["shape", "dtype", "call", "runs", "config", "error", "budget"]
+    if timed:
+        widths, titles = (*widths, 7, 5, 4), [*titles, "us", "GB/s", "%"]
+
+    def line(texts: Sequence[str]) -> str:
+        cells = [
+            text.rjust(width) if i >= 7 else text.ljust(width)
+            for i, (text, width) in enumerate(zip(texts, widths, strict=True))
+        ]
+        return " ".join(cells).rstrip()
+
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    yield "       " + line(titles)
+    for row in rows:
+        texts = [row.shape, row.dtype, row.call, row.implementation, row.config]
+        texts += [number(row.error, ".2e"), number(row.budget, ".2e")]
+        if timed:
+            texts.append(number(row.us, ".1f"))
+            texts += [number(row.gbps, ".0f"), number(row.bandwidth_percent, ".0f")]
+        yield ("ok     " if row.ok else "FAILED ") + line(texts)
+        if not row.ok:
+            yield f"       {row.message}"
+
+
+def heading(device: str, kv_lens: Sequence[int], bandwidth: float | None) -> list[str]:
+    """What ran where, in the first lines of the output."""
+    batch = f"{len(kv_lens)} requests of {min(kv_lens)} to {max(kv_lens)} keys"
+    if bandwidth is None:
+        return [
+            "Triton's interpreter runs the kernels as Python on the CPU. No GPU code was executed,",
+            f"and nothing is said about speed. Each shape: {batch}.",
+        ]
+    return [
+        device,
+        f"Each shape: {batch}, {sum(kv_lens)} in all. us: attention and merge from a cold cache, "
+        f"the plan made before;",
+        f"%: of {bandwidth / 1e9:.0f} GB/s, measured just now by reading a large buffer.",
+    ]
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    wrong = sum(not row.ok for row in rows)
+    if wrong:
+        return f"{wrong} of {len(rows)} shapes FAILED"
+    return f"all {len(rows)} shapes are within the error budget of the float64 reference"
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes per second of reading a large buffer, measured now."""
+    from mla_triton import timing
+
+    return timing.read_bandwidth(device)

@@ -1,0 +1,235 @@
+"""The command line: what is in this machine, what would run on a card, and whether it is right.
+
+mla-triton info       devices, versions, caches
+mla-triton explain    which implementation decodes a shape on a card, how, and why not the others
+mla-triton check      decode the shapes of real models and compare with the float64 reference
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, NoReturn
+
+import torch
+
+import mla_triton
+from mla_triton import device as devices
+from mla_triton import explain as explanation
+from mla_triton.configs import cache_directory
+from mla_triton.explain import device_facts, device_line
+from mla_triton.problem import DecodeProblem
+from mla_triton.testing import MODELS, Model
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+MAX_HEADS = 128
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and leaves the usage to `--help`."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code, or raises SystemExit(2) on bad arguments."""
+    arguments = parser().parse_args(argv)
+    exit_code: int = arguments.run(arguments)
+    return exit_code
+
+
+def parser() -> Parser:
+    top = Parser("mla-triton", description="Multi-head Latent Attention for Triton.")
+    top.add_argument("--version", action="version", version=f"mla-triton {mla_triton.__version__}")
+    commands = top.add_subparsers(metavar="command", required=True)
+    for name, run, about in (
+        ("info", info, "devices, versions and caches of this machine"),
+        ("explain", explain, "what would run on a card, with which config, and why"),
+        ("check", check, "decode the shapes of real models and compare with float64"),
+    ):
+        command = commands.add_parser(name, help=about, description=about)
+        command.add_argument("--json", action="store_true", help="machine-readable output")
+        command.set_defaults(run=run, parser=command)
+        if name == "explain":
+            _add_shape(command)
+    return top
+
+
+def _add_shape(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--capability", metavar="LABEL", help='"8.9", "gfx942", "cpu"; default: what is here')
+    add("--impl", metavar="NAME", help="ask for one implementation; never replaced by another")
+    add("--model", metavar="NAME", help="take heads and widths from a model")
+    add("--tp", type=_positive, default=1, metavar="N", help="ranks that share the model's heads")
+    add("--heads", type=_positive, help="heads of one rank (default 128)")
+    add("--latent", type=_positive, help="default 512")
+    add("--rope", type=_natural, help="default 64")
+    add("--value-dim", type=_positive, help="default: latent")
+    add("--dtype", choices=DTYPES, default="bfloat16")
+    add("--batch", type=_positive, default=16)
+    add("--s-q", type=_positive, default=1, help="query tokens of a request")
+    add("--kv-len", type=_natural, default=4096, help="cached tokens of a request")
+    add("--page-size", type=_positive, default=64)
+    add("--csr", action="store_true", help="page table in CSR form")
+    add("--ragged", action="store_true", help="query tokens by cu_seqlens_q, --s-q on average")
+    add("--no-causal", action="store_true")
+
+
+def _positive(text: str) -> int:
+    return _at_least(1, text)
+
+
+def _natural(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _at_least(lowest: int, text: str) -> int:
+    if not text.isdecimal() or int(text) < lowest:
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number of at least {lowest}, got {text!r}"
+        )
+    return int(text)
+
+
+def info(arguments: argparse.Namespace) -> int:
+    """What is in this machine, as the package sees it."""
+    import triton
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = [device_facts(devices.of(torch.device("cuda", index))) for index in range(count)]
+    cpu = "the portable kernels, interpreted" if devices.interpreting() else "the reference"
+    versions = {
+        "mla_triton": mla_triton.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+    facts = {
+        "versions": versions,
+        "devices": found,
+        "interpreter": devices.interpreting(),
+        "cache_directory": str(cache_directory()),
+        "triton_cache_directory": str(triton.knobs.cache.dir),
+    }
+    lines = [f"{name:<12}{number}" for name, number in versions.items()]
+    lines += [f"device      {device_line(device)}" for device in found]
+    lines += [
+        *([] if found else ["device      no GPU"]),
+        f"interpreter {'on' if devices.interpreting() else 'off'}: CPU tensors run {cpu}",
+        f"cache       {facts['cache_directory']}",
+        f"            {facts['triton_cache_directory']} (Triton's own)",
+    ]
+    _show(facts, arguments, lines)
+    return 0
+
+
+def explain(arguments: argparse.Namespace) -> int:
+    """What would run, on the card here or one that is described."""
+    try:
+        label = arguments.capability
+        device = devices.current() if label is None else devices.from_label(label)
+        facts = explanation.decode(_problem(arguments), device, arguments.kv_len, arguments.impl)
+    except (ValueError, NotImplementedError) as error:
+        arguments.parser.error(str(error))
+    _show(facts, arguments, explanation.lines(facts))
+    return 0
+
+
+def _problem(arguments: argparse.Namespace) -> DecodeProblem:
+    """The problem that the options describe; ValueError where they describe none."""
+    model = _model(arguments)
+    heads = arguments.heads or max(1, model.heads // arguments.tp)
+    latent = arguments.latent or model.latent
+    rope = model.rope if arguments.rope is None else arguments.rope
+    same_widths = (latent, rope) == (model.latent, model.rope)
+    value_dim = arguments.value_dim or (model.value_dim if same_widths else latent)
+    if heads > MAX_HEADS:
+        raise ValueError(f"heads must be at most {MAX_HEADS}, got {heads}")
+    if value_dim not in (latent, latent + rope):
+        raise ValueError(
+            f"value-dim must be latent or latent + rope, {latent} or {latent + rope}, "
+            f"got {value_dim}"
+        )
+    return DecodeProblem(
+        dtype=DTYPES[arguments.dtype],
+        batch=arguments.batch,
+        s_q=None if arguments.ragged else arguments.s_q,
+        queries=arguments.batch * arguments.s_q,
+        heads=heads,
+        latent=latent,
+        rope=rope,
+        value_dim=value_dim,
+        page_size=arguments.page_size,
+        csr=arguments.csr,
+        # A single query sees every key, causal or not.
+        causal=not arguments.no_causal and (arguments.ragged or arguments.s_q > 1),
+        fused=True,
+        ckv_stride_slot=latent + rope,
+        kpe_stride_slot=0,
+        max_kv_len=max(1, arguments.kv_len),
+    )
+
+
+def _model(arguments: argparse.Namespace) -> Model:
+    name = arguments.model or "DeepSeek-V3"
+    by_name = {known.lower(): model for known, model in MODELS.items()}
+    if name.lower() not in by_name:
+        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
+    model = by_name[name.lower()]
+    if model.heads % arguments.tp:
+        raise ValueError(f"tp must divide the {model.heads} heads of {name}, got {arguments.tp}")
+    return model
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Decodes the shapes of real models; 0 where all are right, else 1."""
+    on_gpu = torch.cuda.is_available() and not devices.interpreting()
+    if not on_gpu and not devices.interpreting():
+        return _interpreted(arguments)
+    from mla_triton import check as engine
+
+    device = torch.device("cuda" if on_gpu else "cpu")
+    bandwidth = engine.read_bandwidth(device) if on_gpu else None
+    kv_lens = engine.LONG if on_gpu else engine.SHORT
+    here = device_facts(devices.of(device))
+    rows: list[engine.Row] = []
+
+    def keep(row: engine.Row) -> engine.Row:
+        rows.append(row)
+        return row
+
+    found = map(keep, engine.run(engine.cases(on_gpu), kv_lens, device, bandwidth))
+    if arguments.json:
+        list(found)
+        facts = {
+            "device": here,
+            "gpu_code_executed": on_gpu,
+            "bandwidth_gbps": None if bandwidth is None else bandwidth / 1e9,
+            "kv_lens": kv_lens,
+            "rows": [asdict(row) for row in rows],
+            "ok": all(row.ok for row in rows),
+        }
+        print(json.dumps(facts, indent=2))
+    else:
+        print("\n".join(engine.heading(device_line(here), kv_lens, bandwidth)))
+        for line in engine.table(found, timed=on_gpu):
+            print(line, flush=True)
+        print(engine.verdict(rows))
+    return 0 if all(row.ok for row in rows) else 1
+
+
+def _interpreted(arguments: argparse.Namespace) -> int:
+    """The same command in a child whose Triton interprets: it decides that when it is imported."""
+    command = [sys.executable, "-m", "mla_triton", "check", *(["--json"] * arguments.json)]
+    return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode
+
+
+def _show(facts: Any, arguments: argparse.Namespace, lines: Sequence[str]) -> None:
+    print(json.dumps(facts, indent=2) if arguments.json else "\n".join(lines))

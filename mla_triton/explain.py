@@ -1,0 +1,115 @@
+"""What would run a decode on a card, how it would be cut, and why nothing else runs it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from typing import Any
+
+from mla_triton import select
+from mla_triton.device import Device
+from mla_triton.kernels.portable import decode_config
+from mla_triton.plan import Geometry, schedule
+from mla_triton.problem import DecodeProblem
+
+
+def device_facts(device: Device) -> dict[str, Any]:
+    return {
+        "name": device.name,
+        "label": device.label,
+        "backend": device.backend,
+        "sm_count": device.sm_count,
+        "shared_memory": device.shared_memory,
+        "present": not device.modelled,
+        "features": device.features(),
+    }
+
+
+def decode(
+    problem: DecodeProblem, device: Device, kv_len: int, impl: str | None = None
+) -> dict[str, Any]:
+    """The facts as plain values, ready for JSON; `kv_len` is the length of every request.
+
+    Raises NotImplementedError, with the reason, for an `impl` that cannot run.
+    """
+    selection = select.decode(problem, device, impl)
+    facts: dict[str, Any] = {
+        "problem": _problem_facts(problem, kv_len),
+        "device": device_facts(device),
+        "implementation": selection.name,
+        "asked_for": impl,
+        "candidates": [{"name": name, "why_not": reason} for name, reason in selection.reasons],
+        "config": None,
+        "geometry": None,
+        "schedule": None,
+    }
+    if selection.name != "reference":
+        config, reason = decode_config.choose(problem, device)
+        geometry = selection.module.geometry(problem, device)
+        facts["config"] = {"text": str(config), "reason": reason, **asdict(config)}
+        facts["geometry"] = asdict(geometry) | {"programs": geometry.lanes * geometry.parts}
+        facts["schedule"] = _schedule_facts(problem, geometry, kv_len)
+    return facts
+
+
+def _problem_facts(problem: DecodeProblem, kv_len: int) -> dict[str, Any]:
+    values = {field.name: getattr(problem, field.name) for field in fields(problem)}
+    values |= {"dtype": str(problem.dtype).removeprefix("torch."), "kv_len": kv_len}
+    return {name: value for name, value in values.items() if name != "num_pages"}
+
+
+def _schedule_facts(problem: DecodeProblem, geometry: Geometry, kv_len: int) -> dict[str, Any]:
+    lengths = [kv_len] * problem.batch
+    made = schedule(lengths, [problem.mean_s_q] * problem.batch, problem.heads, geometry)
+    used = sum((p.first_group, p.first_tile) != (p.last_group, p.last_tile) for p in made.parts)
+    splits = [group.splits for group in made.groups]
+    return {
+        "groups": len(made.groups),
+        "splits": max(splits, default=0),
+        "parts_used": used,
+        "merged_groups": sum(n > 1 for n in splits),
+    }
+
+
+def lines(facts: dict[str, Any]) -> list[str]:
+    """The same facts for a reader."""
+    problem, device = facts["problem"], facts["device"]
+    page_table = "CSR" if problem["csr"] else "dense"
+    queries = "ragged, about" if problem["s_q"] is None else "s_q"
+    s_q = problem["s_q"] or -(-problem["queries"] // problem["batch"])
+    mask = ", causal" if problem["causal"] else ""
+    text = [
+        f"problem   {problem['heads']} heads, latent {problem['latent']} + rope {problem['rope']}, "
+        f"value {problem['value_dim']}, {problem['dtype']}",
+        f"          batch {problem['batch']}, {queries} {s_q}, kv_len {problem['kv_len']}, "
+        f"page {problem['page_size']} in a {page_table} table{mask}",
+        f"device    {device_line(device)}",
+        f"runs      {facts['implementation']}",
+    ]
+    if facts["config"] is not None:
+        geometry, made = facts["geometry"], facts["schedule"]
+        text += [
+            f"config    {facts['config']['text']}",
+            f"because   {facts['config']['reason']}",
+            f"geometry  tiles of {geometry['kv_tile']} keys x {geometry['row_tile']} rows; "
+            f"{geometry['parts']} parts x {geometry['lanes']} lanes = "
+            f"{geometry['programs']} programs",
+            f"schedule  {made['groups']} groups of rows, each in up to {made['splits']} pieces: "
+            f"{made['parts_used']} parts have work, {made['merged_groups']} groups are merged",
+        ]
+    rest = [c for c in facts["candidates"] if c["name"] != facts["implementation"]]
+    asked_for = facts["asked_for"]
+    preferred = f"{asked_for} was asked for" if asked_for else "the one above comes first"
+    for candidate in rest:
+        text.append(f"not       {candidate['name']}: {candidate['why_not'] or preferred}")
+    return text
+
+
+def device_line(device: dict[str, Any]) -> str:
+    present = "" if device["present"] else ", not in this machine"
+    if device["backend"] in ("cpu", "interpreter"):
+        return device["name"] + present
+    has = ", ".join(name for name, there in device["features"].items() if there) or "none"
+    return (
+        f"{device['name']} ({device['label']}{present}): {device['sm_count']} SMs, "
+        f"{device['shared_memory'] // 1024} KiB shared memory a program; features: {has}"
+    )

@@ -1,0 +1,152 @@
+"""Every kernel variant that the heuristics can choose, compiled for its card without having it.
+
+`compile_all` runs in processes of its own: a process in which Triton interprets cannot compile.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+
+import torch
+
+from mla_triton import device as devices
+from mla_triton.problem import DecodeProblem
+from mla_triton.testing import resources
+from mla_triton.testing.resources import Resources
+
+LABELS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0", "gfx942", "gfx950")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HEADS = (16, 32, 128)
+"""One head count for each row tile that the heuristics know."""
+PAGE_SIZES = (1, 16, 32, 64, 128, 48)
+DIMENSIONS = ((512, 64, 512), (512, 0, 512), (256, 64, 256), (256, 32, 256), (128, 32, 128))
+ROPE_INSIDE = (448, 64, 512)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem on one card."""
+
+    label: str
+    kernel: str
+    """"decode", "combine" or "schedule"."""
+    problem: DecodeProblem
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a case."""
+
+    case: Case
+    row_tile: int
+    config: str
+    limit: int
+    """Bytes of shared memory a program may take on the card."""
+    estimate: int
+    """What `decode_config.shared_memory` expected; 0 for the other kernels."""
+    resources: Resources
+
+
+def problem(
+    dtype: torch.dtype = torch.bfloat16,
+    heads: int = 16,
+    page_size: int = 64,
+    dimensions: tuple[int, int, int] = DIMENSIONS[0],
+) -> DecodeProblem:
+    """A batch of 64 requests, one query each, over a fused and aligned cache."""
+    latent, rope, value_dim = dimensions
+    return DecodeProblem(
+        dtype=dtype,
+        batch=64,
+        s_q=1,
+        queries=64,
+        heads=heads,
+        latent=latent,
+        rope=rope,
+        value_dim=value_dim,
+        page_size=page_size,
+        csr=False,
+        causal=False,
+        fused=True,
+        ckv_stride_slot=latent + rope,
+        kpe_stride_slot=0,
+    )
+
+
+def cases() -> Iterator[Case]:
+    """All cases: page sizes, then model dimensions, then the forms of a call, on every card."""
+    for label in LABELS:
+        for dtype in DTYPES:
+            for heads in HEADS if dtype != torch.float32 else HEADS[:1]:
+                for page_size in PAGE_SIZES:
+                    yield Case(label, "decode", problem(dtype, heads, page_size))
+        for dimensions in (*DIMENSIONS[1:], ROPE_INSIDE):
+            for heads in HEADS:
+                yield Case(label, "decode", problem(heads=heads, dimensions=dimensions))
+            yield Case(label, "decode", problem(torch.float32, dimensions=dimensions))
+        plain = problem()
+        ragged = replace(plain, s_q=None, causal=True)
+        pair = replace(plain, fused=False, ckv_stride_slot=512, kpe_stride_slot=64)
+        yield Case(label, "decode", replace(plain, s_q=2, queries=128, causal=True))
+        yield Case(label, "decode", ragged)
+        yield Case(label, "decode", replace(plain, csr=True))
+        yield Case(label, "decode", pair)
+        yield Case(label, "decode", replace(plain, aligned=False))
+        yield Case(label, "decode", replace(plain, dtype=torch.float32, allow_tf32=True))
+        for dtype in DTYPES:
+            for batch in (1, 16, 128):
+                yield Case(label, "combine", replace(plain, dtype=dtype, batch=batch))
+        yield Case(label, "combine", ragged)
+        for batch in (64, 1000):
+            yield Case(label, "schedule", replace(plain, batch=batch))
+            yield Case(label, "schedule", replace(ragged, batch=batch))
+
+
+def compile_case(case: Case) -> Compiled:
+    """Compiles one case in this process; Triton must not be interpreting."""
+    from mla_triton.kernels.common import combine, schedule
+    from mla_triton.kernels.portable import decode, decode_config
+
+    device = devices.from_label(case.label)
+    config = decode.heuristic(case.problem, device)
+    geometry = decode.geometry(case.problem, device)
+    estimate = 0
+    text = str(config)
+    if case.kernel == "decode":
+        estimate = decode_config.shared_memory(config, case.problem, device, geometry.row_tile)
+        compiled = decode.compile(case.problem, config, geometry, device)
+    elif case.kernel == "combine":
+        merge = combine.heuristic(case.problem, geometry)
+        text = str(merge)
+        compiled = combine.compile(case.problem, merge, geometry, device)
+    else:
+        text = f"block of {schedule.block_of(case.problem.batch)} requests"
+        variant = schedule.variant(case.problem.batch, case.problem.ragged, geometry.kv_tile)
+        compiled = variant.compile(device)
+    return Compiled(
+        case,
+        geometry.row_tile,
+        text,
+        device.shared_memory,
+        estimate,
+        resources.read(compiled),
+    )
+
+
+def compile_all(wanted: Sequence[Case], processes: int | None = None) -> list[Compiled]:
+    """Compiles cases side by side, by default one process a core."""
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "0"
+    try:
+        workers = processes or os.cpu_count() or 1
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            return list(pool.map(compile_case, wanted, chunksize=4))
+    finally:
+        if before is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = before

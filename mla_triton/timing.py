@@ -1,0 +1,100 @@
+"""How long GPU work takes, in the protocol of every figure this package prints.
+
+The calls to be timed are captured into one CUDA graph, so that the host is out of the figure; each
+call works on inputs of its own, together larger than any L2 cache, so that it finds them cold; the
+graph is replayed, each replay timed by events, and the median replay is divided by the calls.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+COLD_BYTES = 200_000_000
+"""Bytes to go through before an input is used again: more than three times a Hopper's L2."""
+MIN_CALLS = 16
+"""Calls of a graph at least, so that its own start weighs little."""
+BURST_MICROSECONDS = 30_000
+"""Replays go on for about so long: a longer load would make a card lower its clocks."""
+MIN_REPLAYS, MAX_REPLAYS = 5, 200
+READ_BYTES = 8 << 30
+READ_BLOCK = 16384
+"""int32 elements of one program: 64 KiB, all of it in flight at once with 8 warps."""
+
+
+def cold_copies(bytes_per_call: int) -> int:
+    """How many copies of inputs of this size make a rotation that the L2 cannot hold."""
+    return max(1, -(-COLD_BYTES // max(1, bytes_per_call)))
+
+
+def rotate(calls: Sequence[Callable[[], object]]) -> list[Callable[[], object]]:
+    """The calls, repeated in order until there are enough for one graph."""
+    return list(calls) * max(1, -(-MIN_CALLS // len(calls)))
+
+
+def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """One graph of all calls, each called once before to compile it and fill its caches."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
+
+
+def replay_microseconds(graph: torch.cuda.CUDAGraph) -> float:
+    """Median time of one replay, over one burst of them."""
+    (probe,) = _replay_times(graph, 1)
+    wanted = int(BURST_MICROSECONDS / max(probe, 1.0))
+    return statistics.median(_replay_times(graph, min(max(wanted, MIN_REPLAYS), MAX_REPLAYS)))
+
+
+def _replay_times(graph: torch.cuda.CUDAGraph, replays: int) -> list[float]:
+    graph.replay()
+    events = []
+    for _ in range(replays):
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) * 1e3 for start, end in events]
+
+
+def microseconds(calls: Sequence[Callable[[], object]]) -> float:
+    """Median time of one call; the calls must be enough to keep each other's inputs cold."""
+    many = rotate(calls)
+    return replay_microseconds(capture(many)) / len(many)
+
+
+@triton.jit
+def _read(source, sums, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    offsets = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(sums + program, tl.sum(tl.load(source + offsets), 0))
+
+
+def read(source: torch.Tensor, sums: torch.Tensor) -> None:
+    """Reads int32 `source` once: `sums[i]` is the sum of its i-th `READ_BLOCK` elements."""
+    _read[(source.numel() // READ_BLOCK,)](source, sums, BLOCK=READ_BLOCK, num_warps=8)
+
+
+def read_bandwidth(device: torch.device, size: int = READ_BYTES) -> float:
+    """Measured bytes per second of reading and reducing a large buffer."""
+    free, _ = torch.cuda.mem_get_info(device)
+    programs = max(1, min(size, free // 2) // (4 * READ_BLOCK))
+    source = torch.randint(1 << 30, (programs * READ_BLOCK,), dtype=torch.int32, device=device)
+    sums = torch.empty(programs, dtype=torch.int32, device=device)
+    return source.nbytes / (microseconds([lambda: read(source, sums)]) * 1e-6)

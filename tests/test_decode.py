@@ -1,0 +1,342 @@
+"""Decode against the two oracles, on data that punishes every stray read, and its invariants."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+
+import mla_triton
+from mla_triton import device as devices
+from mla_triton import testing
+from mla_triton.kernels.common import combine
+from mla_triton.kernels.common.launch import Launcher
+from mla_triton.kernels.common.tiles import narrow
+from mla_triton.kernels.portable import decode as portable
+from mla_triton.kernels.portable.decode_config import Config
+from mla_triton.ops import decode as operation
+from mla_triton.testing.problems import DecodeInputs, decode_inputs, untouched_padding
+from mla_triton.testing.strategies import decode_problems
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def run(inputs: DecodeInputs, **options) -> mla_triton.AttentionState:
+    """Decodes into buffers of NaN, by the portable kernels, and checks what lies between rows."""
+    arguments, own = inputs.call_arguments()
+    buffers = inputs.output_buffers()
+    state = mla_triton.decode(*arguments, **own, **buffers, **({"impl": "portable"} | options))
+    assert state.out is buffers["out"]
+    assert untouched_padding(state.out)
+    assert untouched_padding(state.lse)
+    return state
+
+
+def check(inputs: DecodeInputs, **options) -> mla_triton.AttentionState:
+    state = run(inputs, **options)
+    testing.assert_within_budget(state, inputs)
+    return state
+
+
+def equal(one: mla_triton.AttentionState, other: mla_triton.AttentionState) -> bool:
+    return torch.equal(one.out, other.out) and torch.equal(one.lse, other.lse)
+
+
+@given(decode_problems(rope_in_value=(False,)))
+@settings(max_examples=60)
+def test_hostile_problems(inputs):
+    check(inputs)
+
+
+@given(
+    decode_problems(
+        dims=((448, 64), (96, 32)), rope_in_value=(True,), layouts=("fused",), max_kv_len=90
+    )
+)
+@settings(max_examples=12)
+def test_rope_inside_the_value(inputs):
+    check(inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("latent", "rope", "value_dim"),
+    [
+        (512, 64, None),
+        (512, 0, None),
+        (256, 64, None),
+        (256, 32, None),
+        (128, 32, None),
+        (448, 64, 512),
+    ],
+)
+def test_model_dimensions(dtype, latent, rope, value_dim):
+    check(
+        decode_inputs(
+            kv_lens=[130, 0, 33],
+            heads=6,
+            latent=latent,
+            rope=rope,
+            value_dim=value_dim,
+            dtype=dtype,
+        )
+    )
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 32, 64, 128, 3, 48, 100, 192])
+def test_page_sizes(page_size):
+    check(decode_inputs(kv_lens=[150, 64, 1], heads=4, latent=128, rope=32, page_size=page_size))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 63, 96, 128])
+def test_head_counts(heads):
+    check(decode_inputs(kv_lens=[70, 9], heads=heads, latent=128, rope=32, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("logits", ["large", "equal_keys", "dominant_key"])
+def test_extreme_logits(dtype, logits):
+    check(decode_inputs(kv_lens=[200, 31], heads=5, logits=logits, dtype=dtype, s_q=2))
+
+
+def test_a_row_that_sees_no_key_is_zero_with_lse_minus_infinity():
+    inputs = decode_inputs(kv_lens=[0, 2], s_q=4, heads=3, latent=128, rope=32)
+    state = check(inputs)
+    assert (state.out[0] == 0).all()
+    assert (state.out[1, :2] == 0).all()
+    assert (state.lse[0] == -torch.inf).all()
+    assert (state.lse[1, :2] == -torch.inf).all()
+    assert state.lse[1, 2:].isfinite().all()
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7, 40])
+def test_any_number_of_parts(parts):
+    inputs = decode_inputs(kv_lens=[500, 0, 77, 1200], heads=5, latent=128, rope=32, s_q=2)
+    plan = mla_triton.plan(
+        inputs.kv_lens, heads=5, latent=128, rope=32, dtype=torch.bfloat16, s_q=2, parts=parts
+    )
+    check(inputs, plan=plan)
+
+
+def test_more_splits_than_one_load_of_the_combine():
+    """The bucket of a large batch is 8 splits; one long request among short ones has more."""
+    kv_lens = [4] * 11 + [3000]
+    inputs = decode_inputs(kv_lens=kv_lens, heads=2, latent=128, rope=32, dtype=torch.float32)
+    plan = mla_triton.plan(
+        inputs.kv_lens, heads=2, latent=128, rope=32, dtype=torch.float32, parts=48
+    )
+    problem = replace(plan.problem, batch=12)
+    assert combine.heuristic(problem, plan.geometry).splits == 8
+    groups = plan.schedule[2 + 2 * 49 :].view(-1, 4)
+    assert groups[11, 2] > 16
+    check(inputs, plan=plan)
+
+
+@pytest.mark.parametrize("block_n", [16, 32, 64, 128])
+@pytest.mark.parametrize("page_size", [64, 16])
+def test_any_block_size_gives_the_answer(monkeypatch, block_n, page_size):
+    """Parts begin at multiples of 32 keys: larger blocks must hide the keys before their part."""
+    monkeypatch.setattr(portable, "heuristic", lambda problem, device: Config(block_n, 4, 1))
+    operation.prepare.cache_clear()
+    inputs = decode_inputs(
+        kv_lens=[330, 97, 40], heads=3, latent=128, rope=32, page_size=page_size, s_q=2
+    )
+    plan = mla_triton.plan(
+        inputs.kv_lens, heads=3, latent=128, rope=32, dtype=torch.bfloat16, s_q=2, parts=9
+    )
+    try:
+        check(inputs, plan=plan)
+    finally:
+        operation.prepare.cache_clear()
+
+
+def test_run_to_run_bitwise_equality():
+    inputs = decode_inputs(kv_lens=[300, 0, 129], heads=5, latent=128, rope=32, s_q=2)
+    assert equal(run(inputs), run(inputs))
+
+
+def test_order_of_the_batch_does_not_matter():
+    inputs = decode_inputs(kv_lens=[300, 0, 129, 64], heads=5, latent=128, rope=32)
+    order = torch.tensor([2, 0, 3, 1])
+    shuffled = replace(
+        inputs,
+        q_nope=inputs.q_nope[order],
+        q_rope=inputs.q_rope[order],
+        page_table=inputs.page_table[order],
+        kv_lens=inputs.kv_lens[order],
+    )
+    testing.assert_within_budget(run(shuffled), shuffled)
+    plans = [
+        mla_triton.plan(x.kv_lens, heads=5, latent=128, rope=32, parts=1)
+        for x in (inputs, shuffled)
+    ]
+    plain, moved = run(inputs, plan=plans[0]), run(shuffled, plan=plans[1])
+    assert torch.equal(plain.out[order], moved.out)
+    assert torch.equal(plain.lse[order], moved.lse)
+
+
+def test_order_of_the_pages_does_not_matter():
+    inputs = decode_inputs(kv_lens=[300, 129], heads=5, latent=128, rope=32, page_size=16)
+    pages = inputs.cache.shape[0]
+    order = torch.randperm(pages, generator=torch.Generator().manual_seed(1))
+    place = torch.empty(pages, dtype=torch.int32)
+    place[order] = torch.arange(pages, dtype=torch.int32)
+    table = inputs.page_table.clone()
+    used = table < pages
+    table[used] = place[table[used].long()]
+    moved = replace(inputs, cache=inputs.cache[order], page_table=table)
+    assert equal(run(inputs), run(moved))
+
+
+def test_page_size_does_not_matter():
+    """The same keys in pages of 1 and of 16 give the same bits: blocks begin at the same keys."""
+    inputs = decode_inputs(kv_lens=[96, 160], heads=4, latent=128, rope=32, page_size=16)
+    columns = torch.arange(inputs.page_table.shape[1] * 16)
+    used = columns < inputs.kv_lens[:, None]
+    pages = inputs.page_table.repeat_interleave(16, 1).long()
+    slots = torch.where(used, pages * 16 + columns % 16, 2**31 - 1).int()
+    flat = replace(inputs, cache=inputs.cache.reshape(-1, 1, 160), page_table=slots)
+    assert equal(run(inputs), run(flat))
+
+
+def test_ragged_queries_equal_uniform_ones():
+    inputs = decode_inputs(kv_lens=[100, 70], s_q=2, heads=4, latent=128, rope=32)
+    ragged = replace(
+        inputs,
+        q_nope=inputs.q_nope.flatten(0, 1),
+        q_rope=inputs.q_rope.flatten(0, 1),
+        cu_seqlens_q=torch.tensor([0, 2, 4], dtype=torch.int32),
+    )
+    one, other = run(inputs), run(ragged)
+    testing.assert_within_budget(other, ragged)
+    assert torch.equal(one.out.flatten(0, 1), other.out)
+
+
+def test_many_ragged_queries_make_several_groups():
+    inputs = decode_inputs(
+        kv_lens=[90, 40, 200], q_lens=[1, 0, 60], heads=6, latent=128, rope=32, causal=True
+    )
+    check(inputs)
+
+
+def test_one_key_is_returned_exactly():
+    inputs = decode_inputs(kv_lens=[1], heads=3, latent=128, rope=32)
+    page = int(inputs.page_table[0, 0])
+    expected = inputs.cache[page, 0, :128].expand(1, 1, 3, 128)
+    assert torch.equal(run(inputs).out, expected)
+
+
+def test_bounds_hold_on_lengths_and_pages_that_lie():
+    """Lengths past the table, negative ones, and page ids outside the cache: no stray access."""
+    inputs = decode_inputs(kv_lens=[64, 64, 64], heads=2, latent=128, rope=32, page_size=16)
+    cache = torch.nan_to_num(inputs.cache)
+    table = inputs.page_table.clone()
+    table[1, 1] = 2**31 - 1
+    table[1, 2] = -(2**31)
+    wild = replace(
+        inputs,
+        cache=cache,
+        page_table=table,
+        max_kv_len=64,
+        kv_lens=torch.tensor([2**31 - 1, 64, -7], dtype=torch.int32),
+    )
+    state = run(wild)
+    assert state.out.isfinite().all()
+    assert (state.lse[2] == -torch.inf).all()
+    longest = replace(wild, kv_lens=torch.tensor([64, 64, 0], dtype=torch.int32))
+    assert torch.equal(run(longest).out[0], state.out[0])
+
+
+def test_a_plan_serves_new_lengths_after_update():
+    first = decode_inputs(kv_lens=[300, 20, 0], heads=4, latent=128, rope=32)
+    second = decode_inputs(kv_lens=[5, 310, 222], heads=4, latent=128, rope=32, seed=1)
+    plan = mla_triton.plan(first.kv_lens, heads=4, latent=128, rope=32)
+    check(first, plan=plan)
+    plan.update(second.kv_lens)
+    check(second, plan=plan)
+
+
+def test_a_plan_made_without_a_bound_serves_a_bounded_call():
+    """A length past `max_kv_len` is cut there, whatever the schedule was made for."""
+    inputs = decode_inputs(kv_lens=[300, 200], heads=4, latent=128, rope=32)
+    plan = mla_triton.plan(inputs.kv_lens, heads=4, latent=128, rope=32)
+    check(replace(inputs, max_kv_len=130), plan=plan)
+
+
+def test_lse_merges_halves_into_the_whole():
+    inputs = decode_inputs(kv_lens=[256], heads=4, latent=128, rope=32, dtype=torch.float32)
+    whole = run(inputs)
+    halves = [
+        run(
+            replace(
+                inputs,
+                page_table=inputs.page_table[:, 2 * i : 2 * i + 2].contiguous(),
+                kv_lens=torch.tensor([128], dtype=torch.int32),
+            )
+        )
+        for i in range(2)
+    ]
+    weights = torch.stack([half.lse for half in halves]).softmax(0)
+    merged = sum(w[..., None] * half.out for w, half in zip(weights, halves, strict=True))
+    state = mla_triton.AttentionState(merged, torch.logaddexp(halves[0].lse, halves[1].lse))
+    testing.assert_within_budget(state, inputs)
+    testing.assert_within_budget(whole, inputs)
+
+
+def test_reference_runs_when_asked_for():
+    inputs = decode_inputs(kv_lens=[40, 0], heads=3, latent=96, rope=24)
+    state = run(inputs, impl="reference")
+    testing.assert_within_budget(state, inputs)
+
+
+def test_empty_batch():
+    q = torch.empty(0, 1, 4, 512)
+    table = torch.empty(0, 1, dtype=torch.int32)
+    state = mla_triton.decode(
+        q,
+        None,
+        torch.zeros(1, 64, 512),
+        table,
+        torch.empty(0, dtype=torch.int32),
+        softmax_scale=1.0,
+    )
+    assert state.out.shape == (0, 1, 4, 512)
+    assert state.lse.shape == (0, 1, 4)
+
+
+@triton.jit
+def round_kernel(source, target):
+    offsets = tl.arange(0, 1024)
+    x = tl.load(source + offsets)
+    tl.store(target + offsets, narrow(x, tl.bfloat16, True))
+
+
+def test_interpreter_rounds_bfloat16_to_nearest():
+    """The interpreter of Triton 3.6 truncates: the kernel spells the rounding out."""
+    generator = torch.Generator().manual_seed(0)
+    source = torch.randn(1024, generator=generator) * 10.0 ** torch.randint(
+        -20, 20, (1024,), generator=generator
+    )
+    source[:4] = torch.tensor([0.0, -0.0, float("inf"), float("nan")])
+    target = torch.empty(1024, dtype=torch.bfloat16)
+    round_kernel[(1,)](source, target)
+    assert target[3].isnan()
+    numbers = source.isfinite()
+    expected = source.bfloat16()
+    assert torch.equal(target[numbers].view(torch.int16), expected[numbers].view(torch.int16))
+    assert target[2] == float("inf")
+
+
+def test_launcher_keeps_the_order_of_arguments():
+    problem = mla_triton.plan(torch.tensor([4], dtype=torch.int32), heads=2, parts=2).problem
+    device = devices.from_label("9.0")
+    geometry = portable.geometry(problem, device)
+    config = portable.heuristic(problem, device)
+    variant = portable.variant(problem, config, geometry, device)
+    names = [name for name, _ in variant.types] + [name for name, _ in variant.constants]
+    assert names == list(variant.function.arg_names)
+    assert Launcher(variant, device, None).variant is variant
