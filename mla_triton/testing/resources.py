@@ -38,8 +38,8 @@ def innermost_matrix_loop(
 ) -> tuple[int, int] | None:
     """(first, last) line of the shortest loop that holds a matrix instruction.
 
-    A loop is a backward branch: `label` and `branch` are regular expressions whose first group is the
-    label's name.
+    A loop is a backward branch: `label` and `branch` are regular expressions whose first group is
+    the label's name.
     """
     labels: dict[str, int] = {}
     loops = []
