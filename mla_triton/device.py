@@ -69,6 +69,11 @@ class Device:
         return self.capability is not None and self.capability >= (9, 0)
 
     @property
+    def has_tf32(self) -> bool:
+        """Matrix instructions that round float32 operands to tf32 (xf32 on AMD)."""
+        return self.arch == "gfx942" or self.capability is not None
+
+    @property
     def has_fp8(self) -> bool:
         """e4m3 conversion in hardware."""
         if self.backend == "hip":
@@ -81,7 +86,7 @@ class Device:
         return self.capability is not None and self.capability >= (9, 0)
 
     def features(self) -> dict[str, bool]:
-        names = ("async_copy", "wgmma", "tcgen05", "tma", "fp8", "programmatic_launch")
+        names = ("async_copy", "wgmma", "tcgen05", "tma", "tf32", "fp8", "programmatic_launch")
         return {name: getattr(self, f"has_{name}") for name in names}
 
 

@@ -11,10 +11,8 @@ import triton.language as tl
 from hypothesis import given, settings
 
 import mla_triton
-from mla_triton import device as devices
 from mla_triton import testing
 from mla_triton.kernels.common import combine
-from mla_triton.kernels.common.launch import Launcher
 from mla_triton.kernels.common.tiles import narrow
 from mla_triton.kernels.portable import decode as portable
 from mla_triton.kernels.portable.decode_config import Config
@@ -329,14 +327,3 @@ def test_interpreter_rounds_bfloat16_to_nearest():
     expected = source.bfloat16()
     assert torch.equal(target[numbers].view(torch.int16), expected[numbers].view(torch.int16))
     assert target[2] == float("inf")
-
-
-def test_launcher_keeps_the_order_of_arguments():
-    problem = mla_triton.plan(torch.tensor([4], dtype=torch.int32), heads=2, parts=2).problem
-    device = devices.from_label("9.0")
-    geometry = portable.geometry(problem, device)
-    config = portable.heuristic(problem, device)
-    variant = portable.variant(problem, config, geometry, device)
-    names = [name for name, _ in variant.types] + [name for name, _ in variant.constants]
-    assert names == list(variant.function.arg_names)
-    assert Launcher(variant, device, None).variant is variant

@@ -1,4 +1,4 @@
-"""A paged latent cache and its page table, as values: no copies, only views of the engine's memory."""
+"""A paged latent cache and its page table, as values: views of the engine's memory, no copies."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 class LatentCache(NamedTuple):
     """A latent cache held as two tensors: the compressed latents and their rotary keys.
 
-    A cache in one tensor `[pages, page_size, latent + rope]` needs no `LatentCache`: it is passed as
-    it is.
+    A cache in one tensor `[pages, page_size, latent + rope]` needs no `LatentCache`: it is passed
+    as it is.
     """
 
     ckv: torch.Tensor

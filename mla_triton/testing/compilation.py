@@ -107,7 +107,17 @@ def cases() -> Iterator[Case]:
 
 
 def compile_case(case: Case) -> Compiled:
-    """Compiles one case in this process; Triton must not be interpreting."""
+    """Compiles one case in this process; Triton must not be interpreting.
+
+    Raises RuntimeError, with the compiler's words, naming the case that does not compile.
+    """
+    try:
+        return _compile(case)
+    except Exception as error:
+        raise RuntimeError(f"{case} does not compile: {error}") from error
+
+
+def _compile(case: Case) -> Compiled:
     from mla_triton.kernels.common import combine, schedule
     from mla_triton.kernels.portable import decode, decode_config
 
@@ -117,7 +127,9 @@ def compile_case(case: Case) -> Compiled:
     estimate = 0
     text = str(config)
     if case.kernel == "decode":
-        estimate = decode_config.shared_memory(config, case.problem, device, geometry.row_tile)
+        tf32 = decode_config.precision(case.problem, device) == "tf32"
+        seen = replace(case.problem, allow_tf32=tf32)
+        estimate = decode_config.shared_memory(config, seen, device, geometry.row_tile)
         compiled = decode.compile(case.problem, config, geometry, device)
     elif case.kernel == "combine":
         merge = combine.heuristic(case.problem, geometry)

@@ -75,17 +75,21 @@ def combine_kernel(
     group = tl.program_id(0) // row_blocks
     block_row = tl.program_id(0) % row_blocks * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    # Every program waits, also one that has nothing to merge: this kernel's end stands for
-    # decode's.
+    entry = schedule + HEADER + CUT * (parts + 1) + GROUP * group
+    request = tl.load(entry)
+    index = tl.load(entry + 1)
+    splits = tl.load(entry + 2)
+    first_part = tl.load(entry + 3)
+    if RAGGED:
+        # Rows of the table past the groups there are were never written.
+        splits = tl.where(group < tl.load(schedule), splits, 0)
+    # The schedule was there before decode began; the partial results are there after this. Every
+    # program waits, also one with nothing to merge: this kernel's end stands for decode's.
     if PROGRAMMATIC:
         gdc_wait()
-    entry = schedule + HEADER + CUT * (parts + 1) + GROUP * group
-    group_exists = group < tl.load(schedule)
-    splits = tl.load(entry + 2, mask=group_exists, other=0)
     if splits > 1:
-        request = tl.minimum(tl.maximum(tl.load(entry), 0), batch - 1)
-        row = tl.load(entry + 1) * group_rows + block_row
-        first_part = tl.load(entry + 3)
+        request = tl.minimum(tl.maximum(request, 0), batch - 1)
+        row = index * group_rows + block_row
         first_query, request_s_q = request_queries(cu_seqlens_q, request, s_q, queries, RAGGED)
         query = row // heads
         head = row % heads

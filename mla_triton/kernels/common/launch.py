@@ -81,37 +81,48 @@ class Launcher:
         self.variant = variant
         self.device = device
         self.index = index
+        self._pointers = sum(kind.startswith("*") for _, kind in variant.types)
+        self._filler = (None,) * len(variant.constants)
         self._compiled: Any = None
-        self._filler = tuple(None for _ in variant.constants)
+        self._run: Any = None
+        self._head: tuple[Any, Any] = (None, None)
 
     def __call__(self, grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
         """Launches on the device's current stream.
 
-        `arguments` are tensors (None for one that the variant does not read) and integers, in the
-        variant's order.
+        `arguments` are in the variant's order: pointers first, as tensors (None for one that the
+        variant does not read), then numbers.
         """
         if self.index is None:
             self.variant.function[grid](*arguments, **dict(self.variant.constants))
-            return
-        if torch.cuda.current_device() != self.index:
+        elif torch.cuda.current_device() == self.index:
+            self._launch(grid, arguments)
+        else:
             with torch.cuda.device(self.index):
-                self(grid, arguments)
-            return
-        if self._compiled is None:
-            self._compiled = self.variant.compile(self.device)
-            self._compiled._init_handles()
-        compiled = self._compiled
-        stream = triton.runtime.driver.active.get_current_stream(self.index)
-        pointers = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
-        runtime = triton.knobs.runtime
-        compiled.run(
-            *grid,
-            stream,
-            compiled.function,
-            compiled.packed_metadata,
-            compiled.launch_metadata(grid, stream, *pointers, *self._filler),
-            runtime.launch_enter_hook,
-            runtime.launch_exit_hook,
-            *pointers,
+                self._launch(grid, arguments)
+
+    def _launch(self, grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
+        if self._run is None:
+            self._load()
+        count = self._pointers
+        values = (
+            *[None if tensor is None else tensor.data_ptr() for tensor in arguments[:count]],
+            *arguments[count:],
             *self._filler,
         )
+        stream = triton.runtime.driver.active.get_current_stream(self.index)
+        hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+        metadata = None
+        if any(chain is not None and chain.calls for chain in hooks):
+            metadata = self._compiled.launch_metadata(grid, stream, *values)
+        else:
+            # A chain without a hook in it still costs its call.
+            hooks = None, None
+        self._run(*grid, stream, *self._head, metadata, *hooks, *values)
+
+    def _load(self) -> None:
+        compiled = self.variant.compile(self.device)
+        # `run` puts the code on the current device and gives its launcher.
+        self._run = compiled.run
+        self._head = (compiled.function, compiled.packed_metadata)
+        self._compiled = compiled

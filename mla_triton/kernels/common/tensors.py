@@ -36,6 +36,5 @@ def strides(tensor: torch.Tensor | None, ragged: bool) -> tuple[int, int, int]:
     """(request, token, head) strides of `[batch, s_q, heads, ...]` or `[tokens, heads, ...]`."""
     if tensor is None:
         return 0, 0, 0
-    if ragged:
-        return 0, tensor.stride(0), tensor.stride(1)
-    return tensor.stride(0), tensor.stride(1), tensor.stride(2)
+    steps = tensor.stride()
+    return (0, steps[0], steps[1]) if ragged else (steps[0], steps[1], steps[2])

@@ -1,15 +1,13 @@
 """Split-KV absorbed attention over a paged latent cache, in Triton.
 
 What: every row, a (query token, head) pair, attends over its request's latents; K is the latent
-    tile
-with its rotary columns, V is the same tile again, so each key is loaded once for all rows of a
+tile with its rotary columns, V is the same tile again, so each key is loaded once for all rows of a
 program. Where: NVIDIA from capability 8.0 on, AMD CDNA3 and later, Triton's interpreter.
 
 Work: program (lane, part) walks the groups of its part of the schedule, and in each group the row
-    tile
-of its lane. Lanes of a part run side by side and share its keys through the L2. A group that a part
-holds whole is written to `out` at once; a piece of a group goes to the partial buffers in float32
-and `combine` merges it.
+tile of its lane. Lanes of a part run side by side and share its keys through the L2. A group that a
+part holds whole is written to `out` at once; a piece of a group goes to the partial buffers in
+float32 and `combine` merges it.
 
 Budget at latent 512, rope 64, 16 bit: a key tile is `block_n` x 576 x 2 bytes (72 KiB at 64 keys),
 times the tiles in flight: `num_stages - 1` with mma.sync, `num_stages` with wgmma. The accumulator
@@ -45,9 +43,11 @@ from mla_triton.kernels.common.tiles import (
 )
 from mla_triton.kernels.portable.decode_config import (
     Config,
+    choose,
     geometry,
     heuristic,
     is_valid,
+    precision,
     why_not,
 )
 from mla_triton.plan import Geometry
@@ -55,6 +55,7 @@ from mla_triton.problem import DecodeProblem
 
 __all__ = [
     "Config",
+    "choose",
     "compile",
     "geometry",
     "heuristic",
@@ -218,12 +219,15 @@ def decode_kernel(
         running_max = tl.full([ROW_TILE], LOWEST, tl.float32)
         running_sum = tl.zeros([ROW_TILE], tl.float32)
         accumulator = tl.zeros([ROW_TILE, VALUE], tl.float32)
+        # The first page id need not wait for the length: past it, a dense table is still the table,
+        # and what page the id names does not matter.
+        reach = end_key if CSR else max_kv_len
         if ONE_PAGE:
             start = begin_key // BLOCK_N * BLOCK_N
-            page = load_page_ids(page_row, start, end_key, num_pages, PAGE_SIZE)
+            page = load_page_ids(page_row, start, reach, num_pages, PAGE_SIZE)
         else:
             start = begin_key
-            page = load_page_ids(page_row, start + block_keys, end_key, num_pages, PAGE_SIZE)
+            page = load_page_ids(page_row, start + block_keys, reach, num_pages, PAGE_SIZE)
         for block in tl.range(start, end_key, BLOCK_N, num_stages=STAGES):
             key = block + block_keys
             # Keys past the end are zero, not hidden alone: 0 x NaN would reach the sum over V.
@@ -324,7 +328,7 @@ def variant(problem: DecodeProblem, config: Config, geometry: Geometry, device: 
             ("ROW_TILE", geometry.row_tile),
             ("BLOCK_N", config.block_n),
             ("STAGES", config.num_stages),
-            ("PRECISION", "tf32" if problem.allow_tf32 else "ieee"),
+            ("PRECISION", precision(problem, device)),
             ("EMULATE_BF16", emulates_bf16(problem.dtype, device)),
             ("PROGRAMMATIC", device.has_programmatic_launch and geometry.parts > 1),
         ),

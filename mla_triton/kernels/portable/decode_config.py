@@ -7,7 +7,7 @@ problem and the card alone, so that a plan can be shared by layers and survives 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,11 +20,11 @@ KV_TILE = 32
 multiples hides the keys before the part."""
 OVERHEAD = 4
 """Cost of beginning a group (its queries, its first load, its result), in tiles."""
-FEW_ROWS = 256
-"""A batch of this many rows or fewer is short of programs, not of bandwidth: small row tiles."""
 MAX_RAGGED_LANES = 64
 ENOUGH_PARTS = 4
 """With fewer parts than this in one wave of programs, several waves balance better than one."""
+SCRATCH = KIB
+"""Shared memory of reductions, page ids and changes of layout."""
 SM_RESERVED = KIB
 """Shared memory that the driver keeps of every program."""
 
@@ -51,14 +51,22 @@ def shared_memory(config: Config, problem: DecodeProblem, device: Device, row_ti
     item = problem.dtype.itemsize
     tile = key_tile_bytes(problem, config.block_n)
     queries = row_tile * problem.key_dim * item
-    scratch = row_tile * config.block_n * max(item, 2) + 4096
+    probabilities = row_tile * config.block_n * item
+    in_flight = max(1, config.num_stages - 1)
     if device.backend == "hip":
-        return tile * max(1, config.num_stages - 1) + scratch
-    uses_warpgroups = row_tile >= 64 and problem.dtype != torch.float32
-    if device.has_tcgen05 and uses_warpgroups:
-        return 2 * tile * config.num_stages + queries + scratch
-    in_flight = config.num_stages if device.has_wgmma and uses_warpgroups else config.num_stages - 1
-    return tile * max(1, in_flight) + queries + scratch
+        return tile * in_flight + probabilities + SCRATCH
+    values = config.block_n * problem.value_dim * item
+    if problem.dtype == torch.float32:
+        # The matrix instructions cannot read 32-bit K and V from one layout.
+        copy = values if problem.allow_tf32 and device.has_tf32 else 0
+        return tile * in_flight + copy + queries + probabilities + SCRATCH
+    if row_tile < 64:
+        return tile * in_flight + queries + probabilities + SCRATCH
+    if device.has_tcgen05:
+        return (tile + values) * config.num_stages + queries + SCRATCH
+    if device.has_wgmma:
+        return tile * config.num_stages + queries + SCRATCH
+    return tile * in_flight + queries + probabilities + SCRATCH
 
 
 def why_not(problem: DecodeProblem, device: Device) -> str | None:
@@ -97,13 +105,21 @@ def row_tile(problem: DecodeProblem, device: Device) -> int:
     """
     if problem.dtype == torch.float32 or device.backend == "interpreter":
         return 16
-    if problem.rows <= 16 or problem.batch * problem.rows <= FEW_ROWS:
+    if problem.rows <= 16:
         return 16
     # AMD: 64 rows spill inside the key loop. 99 KiB cards: 64 rows of a 512-wide latent do not fit.
-    large = Config(64 if not device.has_tcgen05 else 32, num_warps=8, num_stages=2)
     if problem.rows <= 32 or device.backend == "hip":
         return 32
-    return 64 if is_valid(large, problem, device, 64)[0] else 32
+    fits = any(is_valid(c, problem, device, 64)[0] for c, _ in candidates(problem, device, 64))
+    return 64 if fits else 32
+
+
+def precision(problem: DecodeProblem, device: Device) -> str:
+    """Triton's name for the products of a problem: tf32 where allowed, there, and with room."""
+    if not (problem.allow_tf32 and device.has_tf32):
+        return "ieee"
+    config, _ = candidates(problem, device, 16)[0]
+    return "tf32" if is_valid(config, problem, device, 16)[0] else "ieee"
 
 
 def candidates(problem: DecodeProblem, device: Device, rows: int) -> list[tuple[Config, str]]:
@@ -121,7 +137,9 @@ def candidates(problem: DecodeProblem, device: Device, rows: int) -> list[tuple[
     if rows == 64:
         if device.has_tcgen05:
             return [(Config(32, 8, 2), "tcgen05 keeps a second copy of the keys: 32 a step fit")]
-        return [(Config(64, 8, 2), "64 rows: accumulator over 8 warps, one program an SM")]
+        if device.has_wgmma:
+            return [(Config(64, 8, 2), "wgmma: one program an SM, its next tile in flight")]
+        return [(Config(32, 8, 3), "mma.sync: one program an SM, two small tiles in flight")]
     if rows == 32:
         return [
             (Config(64, 4, 2), "two programs an SM hide each other's loads")
@@ -142,6 +160,8 @@ def candidates(problem: DecodeProblem, device: Device, rows: int) -> list[tuple[
 def choose(problem: DecodeProblem, device: Device) -> tuple[Config, str]:
     """The first candidate that is valid, with its reason; ValueError if none is."""
     rows = row_tile(problem, device)
+    if problem.allow_tf32 and precision(problem, device) == "ieee":
+        problem = replace(problem, allow_tf32=False)
     refused = []
     for config, reason in candidates(problem, device, rows):
         valid, rule = is_valid(config, problem, device, rows)
@@ -159,11 +179,11 @@ def heuristic(problem: DecodeProblem, device: Device) -> Config:
 def programs_per_sm(problem: DecodeProblem, device: Device) -> int:
     """Programs that are resident on an SM together, as far as the schedule counts on it."""
     config = heuristic(problem, device)
-    needed = shared_memory(config, problem, device, row_tile(problem, device)) + SM_RESERVED
     # Alone, a request has so little work that the second program only lengthens the merge. More
     # than four warps with all their registers leave no room for a second program.
     if problem.batch == 1 or config.num_warps > 4 or device.backend != "cuda":
         return 1
+    needed = shared_memory(config, problem, device, row_tile(problem, device)) + SM_RESERVED
     return 2 if 2 * needed <= device.shared_memory + SM_RESERVED else 1
 
 
