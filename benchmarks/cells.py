@@ -1,0 +1,74 @@
+"""The shapes that are measured, and what each must at least move and compute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+LATENT, ROPE = 512, 64
+ELEMENT = 2
+"""Bytes of a bfloat16."""
+PAGE_SIZE = 64
+SOFTMAX_SCALE = 192**-0.5
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Decode of `batch` requests of `kv_len` tokens each."""
+
+    kv_len: int
+    batch: int
+    heads: int
+    s_q: int = 1
+
+    @property
+    def name(self) -> str:
+        tail = f"-q{self.s_q}" if self.s_q > 1 else ""
+        return f"s{self.kv_len}-b{self.batch}-h{self.heads}{tail}"
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.batch * self.kv_len * (LATENT + ROPE) * ELEMENT
+
+    @property
+    def bytes(self) -> int:
+        """Every cached token once, q and out."""
+        rows = self.batch * self.s_q * self.heads
+        return self.cache_bytes + rows * (LATENT + ROPE + LATENT) * ELEMENT
+
+    @property
+    def flops(self) -> int:
+        """The masked keys of s_q > 1 are counted too, as the peers' figures do."""
+        return 2 * self.batch * self.s_q * self.heads * self.kv_len * (LATENT + ROPE + LATENT)
+
+    def floor(self, read_gbps: float, matmul_tflops: float) -> float:
+        """Microseconds that no implementation can beat, given measured ceilings."""
+        return max(self.bytes / (read_gbps * 1e3), self.flops / (matmul_tflops * 1e6))
+
+
+def all_cells() -> list[Cell]:
+    cells = [
+        Cell(kv_len, batch, heads)
+        for kv_len in (1024, 4096, 16384, 65536)
+        for batch in (1, 16, 128)
+        for heads in (16, 64, 128)
+        if kv_len < 65536 or batch == 1
+    ]
+    return [*cells, Cell(4096, 128, 128, s_q=2)]
+
+
+def select(patterns: Sequence[str]) -> list[Cell]:
+    """The cells whose name matches one of the shell patterns ("s4096-*", "*-b1-h16"); all without.
+
+    Raises ValueError for a pattern that matches nothing.
+    """
+    cells = all_cells()
+    if not patterns:
+        return cells
+    for pattern in patterns:
+        if not any(fnmatchcase(cell.name, pattern) for cell in cells):
+            raise ValueError(
+                f"cells must match one of {[cell.name for cell in cells]}, got {pattern!r}"
+            )
+    return [cell for cell in cells if any(fnmatchcase(cell.name, p) for p in patterns)]

@@ -1,0 +1,125 @@
+"""What a cell is measured with: its inputs, the ceilings of the card, the clock of the host."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from cells import LATENT, PAGE_SIZE, ROPE, SOFTMAX_SCALE, Cell
+
+from mla_triton import timing
+from mla_triton.kernels.common.launch import Launcher
+
+COPY_BYTES = 4 << 30
+MATMUL_SIZE = 8192
+KERNEL_CALLS = 64
+"""Launches of one short kernel in a graph."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything one cell's calls read; what a baseline is given."""
+
+    cell: Cell
+    q: torch.Tensor
+    """`[batch, s_q, heads, 576]`: latent part, then rope part."""
+    caches: torch.Tensor
+    """`[copies, pages, 64, 576]`: each call works on one copy, so that it finds it cold."""
+    page_table: torch.Tensor
+    """`[batch, pages of a request]` int32, in random order; the same in every copy."""
+    kv_lens: torch.Tensor
+    """`[batch]` int32."""
+    softmax_scale: float = SOFTMAX_SCALE
+    latent: int = LATENT
+    rope: int = ROPE
+
+    @property
+    def q_nope(self) -> torch.Tensor:
+        return self.q[..., : self.latent]
+
+    @property
+    def q_rope(self) -> torch.Tensor:
+        return self.q[..., self.latent :]
+
+
+def make_inputs(cell: Cell, device: torch.device, seed: int = 0) -> Inputs:
+    generator = torch.Generator(device).manual_seed(seed)
+    pages_each = -(-cell.kv_len // PAGE_SIZE)
+    pages = cell.batch * pages_each
+    copies = timing.cold_copies(cell.cache_bytes)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
+
+    order = torch.randperm(pages, generator=generator, device=device).to(torch.int32)
+    return Inputs(
+        cell,
+        q=normal(cell.batch, cell.s_q, cell.heads, LATENT + ROPE),
+        caches=normal(copies, pages, PAGE_SIZE, LATENT + ROPE),
+        page_table=order.view(cell.batch, pages_each),
+        kv_lens=torch.full((cell.batch,), cell.kv_len, dtype=torch.int32, device=device),
+    )
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """Measured limits of this card, in this run."""
+    return {
+        "read_gbps": timing.read_bandwidth(device) / 1e9,
+        "copy_gbps": _copy_gbps(device),
+        "matmul_tflops": _matmul_tflops(device),
+    }
+
+
+def _copy_gbps(device: torch.device) -> float:
+    source = torch.randint(1 << 30, (COPY_BYTES // 4,), dtype=torch.int32, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / timing.microseconds([lambda: target.copy_(source)]) / 1e3
+
+
+def _matmul_tflops(device: torch.device) -> float:
+    def operand() -> torch.Tensor:
+        return torch.randn(MATMUL_SIZE, MATMUL_SIZE, dtype=torch.bfloat16, device=device)
+
+    a, b, out = operand(), operand(), operand()
+    return 2 * MATMUL_SIZE**3 / timing.microseconds([lambda: torch.matmul(a, b, out=out)]) / 1e6
+
+
+def launches(call: Callable[[], object]) -> dict[str, Callable[[], None]]:
+    """The kernels that a call launches, by name, each ready to be launched again on its own."""
+    found: dict[str, Callable[[], None]] = {}
+    launch = Launcher.__call__
+
+    def record(launcher: Launcher, grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
+        found[launcher.variant.function.__name__] = lambda: launch(launcher, grid, arguments)
+        launch(launcher, grid, arguments)
+
+    with patch.object(Launcher, "__call__", record):
+        call()
+    return found
+
+
+def kernel_microseconds(call: Callable[[], object], name: str) -> float:
+    """Time of one kernel of a call, alone and back to back; 0 where the call does not launch it.
+
+    It finds its inputs warm, as it does in a call: the kernel before it has just written them.
+    """
+    found = launches(call)
+    return timing.microseconds([found[name]] * KERNEL_CALLS) if name in found else 0.0
+
+
+def host_microseconds(call: Callable[[], object], calls: int = 400, group: int = 40) -> float:
+    """Median host time of one call; the device is waited for only between groups, untimed."""
+    times = []
+    for i in range(calls):
+        if i % group == 0:
+            torch.cuda.synchronize()
+        start = time.perf_counter_ns()
+        call()
+        times.append(time.perf_counter_ns() - start)
+    torch.cuda.synchronize()
+    return statistics.median(times) / 1e3

@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one go: tests, the sanitizer, older cards' code, speed, and the check.
+#
+#   benchmarks/run_gpu.sh OUTPUT_DIRECTORY [STEP...]
+#
+# Steps, all of them by default and in this order: info check tests sm8x bench sanitizer suite. Each
+# has a time limit (LIMIT_<STEP>, in seconds), its log is OUTPUT_DIRECTORY/<step>.log, and a step that fails
+# stops none of the others. PYTHON names the interpreter; PYTEST_ARGS (such as "-n 8", to compile on
+# several cores) and BENCH_ARGS are handed on.
+set -u
+
+cd "$(dirname "$0")/.."
+if [ $# -lt 1 ]; then
+    sed -n '2,10s/^# \{0,1\}//p' "$0"
+    exit 2
+fi
+output=$1
+shift
+steps=("$@")
+[ ${#steps[@]} -gt 0 ] || steps=(info check tests sm8x bench sanitizer suite)
+
+python=${PYTHON:-python3}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+mkdir -p "$output"
+output=$(cd "$output" && pwd)
+summary="$output/summary.txt"
+: >"$summary"
+
+command_of() {
+    case $1 in
+    info) echo "nvidia-smi; $python -m mla_triton info" ;;
+    check) echo "$python -m mla_triton check" ;;
+    tests) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_decode_gpu.py" ;;
+    sm8x) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_sm8x_code.py" ;;
+    bench) echo "$python benchmarks/decode.py --output '$output/bench.json' ${BENCH_ARGS:-}; rc=\$?;
+        [ ! -f '$output/bench.json' ] || $python benchmarks/targets.py '$output/bench.json'
+        exit \$rc" ;;
+    sanitizer) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_sanitizer.py" ;;
+    suite) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests --ignore=tests/gpu" ;;
+    *) return 1 ;;
+    esac
+}
+
+limit_of() {
+    local own="LIMIT_${1^^}"
+    case $1 in
+    info) echo "${!own:-60}" ;;
+    check) echo "${!own:-180}" ;;
+    tests) echo "${!own:-600}" ;;
+    sm8x) echo "${!own:-240}" ;;
+    bench) echo "${!own:-420}" ;;
+    sanitizer) echo "${!own:-420}" ;;
+    suite) echo "${!own:-900}" ;;
+    esac
+}
+
+failed=0
+for step in "${steps[@]}"; do
+    if ! command=$(command_of "$step"); then
+        echo "run_gpu.sh: error: no step $step" >&2
+        exit 2
+    fi
+    limit=$(limit_of "$step")
+    began=$SECONDS
+    timeout --kill-after=10 "$limit" bash -c "$command" >"$output/$step.log" 2>&1
+    code=$?
+    took=$((SECONDS - began))
+    case $code in
+    0) verdict=passed ;;
+    124 | 137) verdict="stopped after $limit s" ;;
+    *) verdict="FAILED ($code)" ;;
+    esac
+    [ $code -eq 0 ] || failed=1
+    last=$(grep -v '^[[:space:]]*$' "$output/$step.log" | tail -n 1 | cut -c1-100)
+    printf '%-10s %-22s %5d s  %s\n' "$step" "$verdict" "$took" "$last" | tee -a "$summary"
+done
+exit $failed

@@ -1,0 +1,98 @@
+"""Which of the project's speed targets a results file meets.
+
+    python benchmarks/targets.py benchmarks/results/h200.json
+
+The peers' figures are those recorded in `peers_h200.json`, taken on another day and another H200:
+differences under 3 % are noise. Exit code 1 where a target is missed or was not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import results as results_file
+
+COMBINE_LIMIT = 5.0
+SCHEDULE_LIMIT = 3.0
+HOST_LIMIT = 20.0
+BEST_PEER_SHARE = 0.95
+SGLANG_SHARE = 4.0
+ALONE = {"s1024-b1-h16": 7.5, "s4096-b1-h16": 9.0, "s16384-b1-h16": 16.0, "s65536-b1-h16": 36.0}
+"""One request of 16 heads: below every rival with the portable kernel alone."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    target: str
+    where: str
+    limit: float
+    got: float | None
+    """Microseconds, or None where nothing was measured."""
+
+    @property
+    def met(self) -> bool:
+        return self.got is not None and self.got <= self.limit
+
+    @property
+    def text(self) -> str:
+        if self.got is None:
+            return "not measured"
+        share = (self.got / self.limit - 1) * 100
+        return f"{abs(share):.0f} % {'over' if share > 0 else 'under'}"
+
+
+def evaluate(results: dict[str, Any], peers: dict[str, dict[str, float]]) -> Iterator[Verdict]:
+    """Every target, in the order in which they are stated."""
+    cells = {c["cell"]: c for c in results["cells"] if c["check"]["ok"]}
+
+    def got(cell: str, field: str = "us") -> float | None:
+        return cells.get(cell, {}).get(field)
+
+    table = {cell: us for cell, us in peers.items() if "-q" not in cell}
+    for cell, us in table.items():
+        yield Verdict("at least FlashInfer fa2", cell, us["flashinfer_fa2"], got(cell))
+    for cell, us in table.items():
+        if cell.endswith("-h16") and "-b1-" not in cell:
+            limit = min(us.values()) / BEST_PEER_SHARE
+            yield Verdict("0.95 of the best peer", cell, limit, got(cell))
+    for cell, us in table.items():
+        if cell.endswith("-h128"):
+            yield Verdict("4 x SGLang Triton", cell, us["sglang"] / SGLANG_SHARE, got(cell))
+    for cell in table:
+        yield Verdict("combine", cell, COMBINE_LIMIT, got(cell, "combine_us"))
+    for cell in table:
+        yield Verdict("schedule", cell, SCHEDULE_LIMIT, got(cell, "schedule_us"))
+    for cell, limit in ALONE.items():
+        yield Verdict("below every rival", cell, limit, got(cell))
+    yield Verdict("host time of an eager call", "", HOST_LIMIT, results.get("host_us"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="targets.py", description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--missed", action="store_true", help="print only the targets not met")
+    arguments = parser.parse_args(argv)
+    try:
+        results = results_file.read(arguments.results)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    verdicts = list(evaluate(results, results_file.peers()))
+    rows = [["target", "cell", "", "limit us", "got us", "by"]]
+    for v in verdicts:
+        if v.met and arguments.missed:
+            continue
+        limit, got = results_file.number(v.limit), results_file.number(v.got)
+        rows.append([v.target, v.where, "pass" if v.met else "MISS", limit, got, v.text])
+    print(results_file.columns(rows, right_from=3))
+    met = sum(v.met for v in verdicts)
+    print(f"{met} of {len(verdicts)} targets met")
+    return 0 if met == len(verdicts) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""Decode as machine code on the GPU in this machine, against the float64 oracle and its budget."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import mla_triton
+from mla_triton.testing import assert_within_budget, decode_inputs, untouched_padding
+from mla_triton.testing.problems import UNUSED_PAGE, DecodeInputs
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+SKEWED = (5000, 0, 1, 63, 64, 65, 700, 2048)
+DIMS = [(512, 64), (512, 0), (256, 64), (256, 32), (128, 32)]
+
+
+def run(inputs: DecodeInputs, **more) -> mla_triton.AttentionState:
+    arguments, options = inputs.call_arguments()
+    return mla_triton.decode(*arguments, **options, impl="portable", **more)
+
+
+def judge(**recipe) -> None:
+    inputs = decode_inputs(device="cuda", **recipe)
+    assert_within_budget(run(inputs), inputs)
+
+
+def plan_of(inputs: DecodeInputs) -> mla_triton.Plan:
+    q_nope, q_rope = inputs.q_nope, inputs.q_rope
+    return mla_triton.plan(
+        inputs.kv_lens,
+        heads=q_nope.shape[-2],
+        latent=q_nope.shape[-1],
+        rope=0 if q_rope is None else q_rope.shape[-1],
+        dtype=q_nope.dtype,
+        s_q=q_nope.shape[1],
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [1, 2, 5, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128])
+def test_heads(heads, dtype):
+    judge(kv_lens=SKEWED, heads=heads, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("page_size", [1, 16, 32, 48, 64, 128, 7])
+@pytest.mark.parametrize("table", ["dense", "csr"])
+def test_page_sizes(page_size, table, dtype):
+    judge(kv_lens=SKEWED, heads=16, page_size=page_size, table=table, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("latent", "rope"), DIMS)
+@pytest.mark.parametrize("heads", [8, 40])
+def test_dims(latent, rope, heads, dtype):
+    judge(kv_lens=SKEWED, heads=heads, latent=latent, rope=rope, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [8, 64])
+def test_rope_inside_the_value(heads, dtype):
+    judge(kv_lens=SKEWED, heads=heads, latent=448, rope=64, value_dim=512, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("s_q", [1, 2, 3, 4])
+def test_query_tokens(s_q, causal, dtype):
+    judge(kv_lens=SKEWED, s_q=s_q, heads=16, causal=causal, dtype=dtype)
+    judge(kv_lens=SKEWED, s_q=s_q, heads=128, causal=causal, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [5, 16, 128])
+def test_ragged_queries(heads, dtype):
+    q_lens = (3, 2, 0, 70, 1, 64, 0, 9)
+    judge(kv_lens=SKEWED, q_lens=q_lens, heads=heads, dtype=dtype)
+    judge(kv_lens=SKEWED, q_lens=q_lens, heads=heads, dtype=dtype, causal=False, table="csr")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["fused", "pair"])
+@pytest.mark.parametrize("strided", [True, 3])
+def test_strides_and_buffers(strided, layout, dtype):
+    inputs = decode_inputs(
+        kv_lens=SKEWED, s_q=2, heads=20, layout=layout, strided=strided, dtype=dtype, device="cuda"
+    )
+    buffers = inputs.output_buffers()
+    state = run(inputs, **buffers)
+    assert state.out is buffers["out"]
+    assert state.lse is buffers["lse"]
+    assert_within_budget(state, inputs)
+    assert untouched_padding(state.out)
+    assert untouched_padding(state.lse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("logits", ["large", "equal_keys", "dominant_key"])
+def test_hostile_logits(logits, dtype):
+    judge(kv_lens=SKEWED, s_q=2, heads=16, logits=logits, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_large_and_skewed_batches(dtype):
+    judge(kv_lens=[65536] + [100] * 40, heads=16, dtype=dtype)
+    judge(kv_lens=[(37 * i) % 400 for i in range(300)], heads=16, dtype=dtype)
+    judge(kv_lens=[(37 * i) % 90 for i in range(1100)], heads=8, dtype=dtype)
+    judge(kv_lens=[0] * 9, heads=16, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tf32_is_used_only_on_request(dtype):
+    inputs = decode_inputs(kv_lens=SKEWED, heads=16, dtype=dtype, device="cuda")
+    plain, again = run(inputs), run(inputs, allow_tf32=True)
+    if dtype == torch.float32:
+        assert not torch.equal(plain.out, again.out)
+    else:
+        assert torch.equal(plain.out, again.out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kv_lens", [SKEWED, [3000] * 16, [40000]])
+def test_equal_bits_run_to_run(kv_lens, dtype):
+    inputs = decode_inputs(kv_lens=kv_lens, heads=16, dtype=dtype, device="cuda")
+    first = run(inputs)
+    for _ in range(20):
+        again = run(inputs)
+        assert torch.equal(first.out, again.out)
+        assert torch.equal(first.lse, again.lse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_one_plan_for_all_layers(dtype):
+    layers = [
+        decode_inputs(kv_lens=SKEWED, heads=16, dtype=dtype, seed=seed, device="cuda")
+        for seed in range(3)
+    ]
+    plan = plan_of(layers[0])
+    for inputs in layers:
+        shared, own = run(inputs, plan=plan), run(inputs)
+        assert torch.equal(shared.out, own.out)
+        assert torch.equal(shared.lse, own.lse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("planned", [True, False])
+def test_graph_with_new_lengths(planned, dtype):
+    """The schedule is captured with the rest, so a replay follows lengths changed in place."""
+    inputs = decode_inputs(kv_lens=SKEWED, heads=16, dtype=dtype, device="cuda")
+    buffers = inputs.output_buffers()
+
+    def step() -> None:
+        run(inputs, plan=plan_of(inputs) if planned else None, **buffers)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for kv_lens in (SKEWED, (1, 0, 0, 63, 60, 1, 700, 2000), (4999, 0, 1, 2, 3, 4, 5, 6), [0] * 8):
+        inputs.kv_lens.copy_(torch.tensor(kv_lens, dtype=torch.int32))
+        for tensor in buffers.values():
+            tensor.fill_(float("nan"))
+        graph.replay()
+        assert_within_budget(mla_triton.AttentionState(**buffers), inputs)
+
+
+def test_follows_the_current_stream():
+    inputs = decode_inputs(kv_lens=SKEWED, heads=16, dtype=torch.float16, device="cuda")
+    expected = run(inputs)
+    side = torch.cuda.Stream()
+    blank = torch.full_like(inputs.q_nope, float("nan"))
+    late = blank.clone()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(100_000_000)
+        late.copy_(inputs.q_nope)
+        arguments, options = inputs.call_arguments()
+        state = mla_triton.decode(late, *arguments[1:], **options)
+    side.synchronize()
+    assert torch.equal(state.out, expected.out)
+
+
+@pytest.mark.parametrize("page_size", [1, 64])
+def test_a_cache_of_more_than_2_to_the_31_elements(page_size):
+    """Every page of the request lies past the 2**31st element."""
+    width = 512 + 64
+    inputs = decode_inputs(
+        kv_lens=[700, 0, 65], heads=16, dtype=torch.bfloat16, page_size=page_size, device="cuda"
+    )
+    small = inputs.cache
+    first = 2**31 // (page_size * width) + 1
+    pages = first + small.shape[0]
+    if torch.cuda.mem_get_info()[0] < pages * page_size * width * 2 + 2**31:
+        pytest.skip("needs 7 GB of free GPU memory")
+    expected = run(inputs)
+    cache = torch.full((pages, page_size, width), float("nan"), dtype=torch.bfloat16, device="cuda")
+    cache[first:] = small
+    table = torch.where(inputs.page_table == UNUSED_PAGE, UNUSED_PAGE, inputs.page_table + first)
+    state = mla_triton.decode(
+        inputs.q_nope,
+        inputs.q_rope,
+        cache,
+        table.to(torch.int32),
+        inputs.kv_lens,
+        softmax_scale=inputs.softmax_scale,
+    )
+    assert torch.equal(state.out, expected.out)
+    assert torch.equal(state.lse, expected.lse)
+    assert_within_budget(state, inputs)
+
+
+def test_wrong_page_ids_and_lengths_stay_inside_the_tensors():
+    """Results are then wrong, but nothing outside is read: the sanitizer runs this too."""
+    inputs = decode_inputs(kv_lens=[300, 100], heads=16, dtype=torch.float16, device="cuda")
+    inputs.page_table.copy_(torch.tensor([[-5], [UNUSED_PAGE]], dtype=torch.int32))
+    inputs.kv_lens.copy_(torch.tensor([2**31 - 1, -7], dtype=torch.int32))
+    run(inputs)
+    torch.cuda.synchronize()

@@ -1,0 +1,342 @@
+"""The command line, in this process and as a command: output, JSON, exit codes, error lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+import mla_triton
+from mla_triton import check, cli, timing
+from mla_triton import device as devices
+from mla_triton.configs import cache_directory
+
+HAS_GPU = torch.cuda.is_available()
+
+
+def run(*arguments: str, **environment: str | None) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own; a variable set to None is taken out."""
+    changed = os.environ | {n: v for n, v in environment.items() if v is not None}
+    for name in (name for name, value in environment.items() if value is None):
+        changed.pop(name, None)
+    return subprocess.run(
+        [sys.executable, "-m", "mla_triton", *arguments],
+        env=changed,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that bad arguments give."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    return err.rstrip("\n")
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    assert cli.main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"mla-triton {mla_triton.__version__}\n"
+
+
+def test_info(capsys):
+    facts = answer(capsys, "info")
+    assert facts["versions"]["mla_triton"] == mla_triton.__version__
+    assert set(facts["versions"]) == {"mla_triton", "python", "torch", "triton"}
+    assert facts["interpreter"] is devices.interpreting()
+    assert len(facts["devices"]) == torch.cuda.device_count()
+    assert facts["cache_directory"] == str(cache_directory())
+    for device in facts["devices"]:
+        assert device["sm_count"] > 0
+        assert set(device["features"]) == set(devices.CPU.features())
+
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert f"torch       {torch.__version__}" in out
+    assert "no GPU" in out or HAS_GPU
+
+
+@pytest.mark.parametrize("value", ["0", "1"])
+def test_info_as_a_command(value):
+    done = run("info", TRITON_INTERPRET=value)
+    assert done.returncode == 0, done.stderr
+    runs = ["off: CPU tensors run the reference", "on: CPU tensors run the portable kernels"]
+    assert f"interpreter {runs[int(value)]}" in done.stdout
+
+
+def test_cache_directory(monkeypatch, tmp_path):
+    monkeypatch.setenv("MLA_TRITON_CACHE_DIR", str(tmp_path / "mine"))
+    assert cache_directory() == tmp_path / "mine"
+    monkeypatch.delenv("MLA_TRITON_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_directory() == tmp_path / "mla_triton"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_directory() == tmp_path / ".cache" / "mla_triton"
+    assert not cache_directory().exists()
+
+
+@pytest.mark.parametrize("label", devices.KNOWN)
+@pytest.mark.parametrize("heads", ["1", "16", "40", "128"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_explain_every_card(capsys, label, heads, dtype):
+    shape = ["--heads", heads, "--dtype", dtype]
+    facts = answer(capsys, "explain", "--capability", label, *shape)
+    assert facts["implementation"] == "portable"
+    assert facts["device"]["label"] == label
+    assert facts["device"]["present"] is False
+    assert facts["problem"]["heads"] == int(heads)
+    assert facts["geometry"]["lanes"] * facts["geometry"]["row_tile"] >= int(heads)
+    assert facts["schedule"]["groups"] == 16
+    assert 1 <= facts["schedule"]["parts_used"] <= facts["geometry"]["parts"]
+    assert {c["name"]: c["why_not"] is None for c in facts["candidates"]} == {
+        "portable": True,
+        "reference": False,
+    }
+    assert cli.main(["explain", "--capability", label, *shape]) == 0
+    out = capsys.readouterr().out
+    assert f"({label}, not in this machine)" in out
+    assert facts["config"]["text"] in out
+    assert facts["config"]["reason"] in out
+    assert "not       reference: " in out
+
+
+def test_explain_the_machine_at_hand(capsys):
+    facts = answer(capsys, "explain", "--heads", "16")
+    assert facts["device"]["label"] == devices.current().label
+    assert facts["device"]["present"] is True
+    expected = "portable" if devices.current().runs_triton else "reference"
+    assert facts["implementation"] == expected
+
+
+def test_explain_the_cpu(capsys):
+    facts = answer(capsys, "explain", "--capability", "cpu")
+    assert facts["implementation"] == "reference"
+    assert facts["config"] is None
+    assert facts["geometry"] is None
+    assert facts["schedule"] is None
+    assert cli.main(["explain", "--capability", "cpu"]) == 0
+    assert "TRITON_INTERPRET=1" in capsys.readouterr().out
+
+
+def test_explain_a_model(capsys):
+    facts = answer(capsys, "explain", "--capability", "8.9", "--model", "deepseek-v3", "--tp", "8")
+    assert facts["problem"]["heads"] == 16
+    assert (facts["problem"]["latent"], facts["problem"]["rope"]) == (512, 64)
+    inside = answer(capsys, "explain", "--capability", "9.0", "--model", "DeepSeek-V4-Flash")
+    assert (inside["problem"]["latent"], inside["problem"]["value_dim"]) == (448, 512)
+
+
+def test_explain_every_option(capsys):
+    options = ["--heads", "20", "--latent", "256", "--rope", "32", "--value-dim", "256"]
+    options += ["--batch", "3", "--s-q", "4", "--page-size", "48", "--dtype", "float16"]
+    options += ["--csr", "--ragged", "--no-causal", "--kv-len", "100", "--impl", "portable"]
+    problem = answer(capsys, "explain", "--capability", "8.0", *options)["problem"]
+    expected = {
+        "heads": 20,
+        "latent": 256,
+        "rope": 32,
+        "value_dim": 256,
+        "batch": 3,
+        "s_q": None,
+        "queries": 12,
+        "page_size": 48,
+        "dtype": "float16",
+        "csr": True,
+        "causal": False,
+        "kv_len": 100,
+    }
+    assert {name: problem[name] for name in expected} == expected
+
+
+def test_explain_lengths_of_zero_and_one(capsys):
+    for kv_len in ("0", "1"):
+        facts = answer(capsys, "explain", "--capability", "9.0", "--kv-len", kv_len)
+        assert facts["schedule"]["splits"] == 1
+        assert facts["schedule"]["merged_groups"] == 0
+
+
+def test_explain_what_was_asked_for(capsys):
+    options = ["--capability", "9.0", "--impl", "reference"]
+    assert answer(capsys, "explain", *options)["implementation"] == "reference"
+    assert cli.main(["explain", *options]) == 0
+    assert "not       portable: reference was asked for" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--capability", "7.5"], "capability must be one of 8.0, 8.6, "),
+        (["--impl", "magic"], "impl must be one of portable, reference, got 'magic'"),
+        (["--heads", "129"], "heads must be at most 128, got 129"),
+        (["--heads", "0"], "argument --heads: must be a whole number of at least 1, got '0'"),
+        (["--kv-len", "-1"], "argument --kv-len: must be a whole number of at least 0, got '-1'"),
+        (["--model", "GPT-2"], "model must be one of DeepSeek-V2-Lite, "),
+        (["--model", "GLM-4.7-Flash", "--tp", "8"], "tp must divide the 20 heads of GLM-4.7-Flash"),
+        (["--value-dim", "100"], "value-dim must be latent or latent + rope, 512 or 576, got 100"),
+        (
+            ["--capability", "9.0", "--latent", "500"],
+            "no implementation of decode can run on 9.0: ",
+        ),
+        (
+            ["--capability", "cpu", "--impl", "portable"],
+            "impl 'portable' cannot run this decode: the tensors are on the CPU",
+        ),
+        (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["--colour"], "unrecognized arguments: --colour"),
+    ],
+)
+def test_errors_are_one_line(capsys, arguments, line):
+    assert f"error: {line}" in refused(capsys, "explain", *arguments)
+
+
+def test_a_command_is_needed(capsys):
+    assert refused(capsys) == "mla-triton: error: the following arguments are required: command"
+    assert "invalid choice: 'tune'" in refused(capsys, "tune")
+
+
+def test_error_as_a_command():
+    done = run("explain", "--capability", "1.0")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("mla-triton explain: error: capability must be one of ")
+    assert done.stderr.count("\n") == 1
+
+
+def few(monkeypatch: pytest.MonkeyPatch, count: int = 2) -> None:
+    """Only the first cases, of a few keys."""
+    some = check.cases(HAS_GPU)[:count]
+    monkeypatch.setattr(check, "cases", lambda on_gpu: some)
+    monkeypatch.setattr(check, "LONG", check.SHORT)
+
+
+def test_check(capsys, monkeypatch):
+    few(monkeypatch)
+    assert cli.main(["check"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 140 for line in lines)
+    assert sum(line.startswith("ok ") for line in lines) == 2
+    assert lines[-1] == "all 2 shapes are within the error budget of the float64 reference"
+    if not HAS_GPU:
+        assert "No GPU code was executed" in "\n".join(lines)
+        assert "GB/s" not in "\n".join(lines)
+
+
+def test_check_json(capsys, monkeypatch):
+    few(monkeypatch)
+    facts = answer(capsys, "check")
+    assert facts["ok"] is True
+    assert facts["gpu_code_executed"] is HAS_GPU
+    assert facts["kv_lens"] == list(check.SHORT)
+    assert (facts["bandwidth_gbps"] is None) is not HAS_GPU
+    for row in facts["rows"]:
+        assert row["ok"] is True
+        assert row["implementation"] == "portable"
+        assert "block_n" in row["config"]
+        assert 0 < row["error"] <= row["budget"]
+        assert (row["us"] is None) is not HAS_GPU
+
+
+def test_check_fails_where_a_kernel_loses_a_key(capsys, monkeypatch):
+    few(monkeypatch)
+    right = mla_triton.decode
+
+    def loses_a_key(q_nope, q_rope, cache, page_table, kv_lens, **options):
+        return right(q_nope, q_rope, cache, page_table, kv_lens - 1, **options)
+
+    monkeypatch.setattr(mla_triton, "decode", loses_a_key)
+    assert cli.main(["check"]) == 1
+    out = capsys.readouterr().out
+    assert out.count("FAILED ") == 2
+    assert out.endswith("2 of 2 shapes FAILED\n")
+    assert cli.main(["check", "--json"]) == 1
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["ok"] is False
+    assert all(row["message"] and row["us"] is None for row in facts["rows"])
+
+
+def test_check_goes_on_after_a_crash(capsys, monkeypatch):
+    few(monkeypatch)
+    right, calls = mla_triton.decode, []
+
+    def crashes_once(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise RuntimeError("out of shared memory")
+        return right(*arguments, **options)
+
+    monkeypatch.setattr(mla_triton, "decode", crashes_once)
+    assert cli.main(["check"]) == 1
+    out = capsys.readouterr().out
+    assert "RuntimeError: out of shared memory" in out
+    assert out.endswith("1 of 2 shapes FAILED\n")
+
+
+def test_what_is_right_is_timed(monkeypatch, device):
+    """Every way of calling gets a plan that fits it; the clock always says 10 us."""
+    decoded = []
+
+    def timed(calls):
+        decoded.append(calls[-1]())
+        return 10.0
+
+    monkeypatch.setattr(timing, "microseconds", timed)
+    cases = [case for case in check.cases(False) if case.call != "s_q 1"][:3]
+    cases.append(check.Case("DeepSeek-V4-Flash", torch.float16, heads=4))
+    rows = list(check.run(cases, check.SHORT, device, bandwidth=1e12))
+    assert len(decoded) == len(rows) == 4
+    for row in rows:
+        assert row.ok, row.message
+        assert row.us == 10.0
+        assert row.gbps is not None
+        assert row.bandwidth_percent == pytest.approx(row.gbps / 10)
+    keys = sum(check.SHORT) * 512 * 2
+    rows_of_4 = len(check.SHORT) * 4 * (512 + 512) * 2
+    assert rows[-1].gbps == pytest.approx((keys + rows_of_4) / 10 / 1e3)
+    lines = list(check.table(rows, timed=True))
+    assert lines[0].split()[-3:] == ["us", "GB/s", "%"]
+    assert all(len(line) <= 140 for line in lines)
+
+
+def test_check_covers_the_models():
+    on_gpu, interpreted = check.cases(True), check.cases(False)
+    for cases in (on_gpu, interpreted):
+        assert len({(c.shape, c.dtype, c.call) for c in cases}) == len(cases)
+        assert {c.dtype for c in cases} == {torch.bfloat16, torch.float16, torch.float32}
+        assert any("ragged" in c.call for c in cases)
+        assert any("csr" in c.call for c in cases)
+        assert any("s_q 2" in c.call for c in cases)
+        widths = {c.shape.split()[-1] for c in cases}
+        assert widths == {"512+64", "256+32", "256+64", "448+64"}
+    assert {c.rank_heads for c in on_gpu} >= {5, 8, 16, 20, 32, 40, 64, 128}
+    assert sum(check.LONG) > 80_000
+
+
+@pytest.mark.skipif(HAS_GPU, reason="a GPU is used where there is one")
+def test_check_turns_the_interpreter_on():
+    """The whole check as a stranger runs it: no variable set, no GPU."""
+    done = run("check", "--json", TRITON_INTERPRET=None)
+    assert done.returncode == 0, done.stdout + done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["device"]["backend"] == "interpreter"
+    assert facts["gpu_code_executed"] is False
+    assert len(facts["rows"]) == len(check.cases(False))
+    assert {row["implementation"] for row in facts["rows"]} == {"portable"}
