@@ -22,6 +22,8 @@ class Resources:
     """Bytes of stack a thread: what registers could not hold, anywhere in the kernel."""
     loop_spills: int
     """Stack accesses inside the innermost loop that multiplies matrices: paid at every step."""
+    loop_instructions: int
+    """Instructions of that loop."""
     instructions: frozenset[str]
     """Families of matrix instructions found: mma.sync, wgmma, tcgen05, mfma, fma."""
 
@@ -80,6 +82,7 @@ def _nvidia(compiled: Any) -> Resources:
         registers=int(usage["REG"]),
         spilled=int(usage["STACK"]),
         loop_spills=_count(lines, loop, r"\b(STL|LDL)\b"),
+        loop_instructions=_count(lines, loop, r";\s*$|;\s*/\*"),
         instructions=found or frozenset({"fma"}),
     )
 
@@ -103,5 +106,6 @@ def _amd(compiled: Any) -> Resources:
         registers=field("vgpr_count"),
         spilled=field("private_segment_fixed_size"),
         loop_spills=_count(lines, loop, r"\bscratch_(load|store)"),
+        loop_instructions=_count(lines, loop, r"^\s+(s|v|ds|buffer|global|flat|scratch)_"),
         instructions=frozenset({"mfma"} if "v_mfma" in text else {"fma"}),
     )

@@ -47,6 +47,6 @@ def request_pages(
 
 @triton.jit
 def load_page_ids(row, key, end_key, num_pages, PAGE_SIZE: tl.constexpr):
-    """Page ids (int64) of `key`, a key or a vector of keys; page 0 for keys from `end_key` on."""
+    """Page ids (int32) of `key`, a key or a vector of keys; page 0 for keys from `end_key` on."""
     page = tl.load(row + key // PAGE_SIZE, mask=key < end_key, other=0)
-    return tl.minimum(tl.maximum(page, 0), num_pages - 1).to(tl.int64)
+    return tl.minimum(tl.maximum(page, 0), num_pages - 1)

@@ -120,16 +120,14 @@ def load_queries(
     """The columns of a row tile's queries that meet the latent: `q_rope`'s too if V holds them."""
     columns = tl.arange(0, VALUE)
     if ROPE_IN_VALUE:
-        is_nope = (columns < NOPE)[None, :]
-        nope = tl.load(
-            q_nope + nope_rows[:, None] + columns[None, :], mask=mask[:, None] & is_nope, other=0.0
-        )
-        rope = tl.load(
+        # One load from either address, not a choice of two loads: what is loaded can go to shared
+        # memory, what is computed stays in registers throughout the key loop.
+        address = tl.where(
+            (columns < NOPE)[None, :],
+            q_nope + nope_rows[:, None] + columns[None, :],
             q_rope + rope_rows[:, None] + (columns - NOPE)[None, :],
-            mask=mask[:, None] & (columns >= NOPE)[None, :],
-            other=0.0,
         )
-        return tl.where(is_nope, nope, rope)
+        return tl.load(address, mask=mask[:, None], other=0.0)
     else:
         return tl.load(
             q_nope + nope_rows[:, None] + columns[None, :], mask=mask[:, None], other=0.0
@@ -234,11 +232,11 @@ def decode_kernel(
             key_inside = block_keys < end_key - block
             if ONE_PAGE:
                 slot = block % PAGE_SIZE
-                ckv_tile = ckv + page * ckv_stride_page + slot * CKV_SLOT
+                ckv_tile = ckv + page.to(tl.int64) * ckv_stride_page + slot * CKV_SLOT
                 ckv_rows = ckv_tile + (block_keys * CKV_SLOT)[:, None]
             else:
                 slot = key % PAGE_SIZE
-                ckv_rows = (ckv + page * ckv_stride_page + slot * CKV_SLOT)[:, None]
+                ckv_rows = (ckv + page.to(tl.int64) * ckv_stride_page + slot * CKV_SLOT)[:, None]
             latent = tl.load(ckv_rows + value_columns[None, :], mask=key_inside[:, None], other=0.0)
             scores = dot(
                 q_value,
@@ -251,10 +249,12 @@ def decode_kernel(
                 if FUSED:
                     kpe_rows = ckv_rows + VALUE
                 elif ONE_PAGE:
-                    kpe_tile = kpe + page * kpe_stride_page + slot * KPE_SLOT
+                    kpe_tile = kpe + page.to(tl.int64) * kpe_stride_page + slot * KPE_SLOT
                     kpe_rows = kpe_tile + (block_keys * KPE_SLOT)[:, None]
                 else:
-                    kpe_rows = (kpe + page * kpe_stride_page + slot * KPE_SLOT)[:, None]
+                    kpe_rows = (kpe + page.to(tl.int64) * kpe_stride_page + slot * KPE_SLOT)[
+                        :, None
+                    ]
                 rope_key = tl.load(
                     kpe_rows + tail_columns[None, :], mask=key_inside[:, None], other=0.0
                 )

@@ -53,6 +53,9 @@ def shared_memory(config: Config, problem: DecodeProblem, device: Device, row_ti
     queries = row_tile * problem.key_dim * item
     probabilities = row_tile * config.block_n * item
     in_flight = max(1, config.num_stages - 1)
+    if not problem.aligned and device.backend == "cuda" and item == 2:
+        # Too narrow for an asynchronous copy: through registers, and a copy to change their layout.
+        in_flight += 1
     if device.backend == "hip":
         return tile * in_flight + probabilities + SCRATCH
     values = config.block_n * problem.value_dim * item
@@ -63,9 +66,9 @@ def shared_memory(config: Config, problem: DecodeProblem, device: Device, row_ti
     if row_tile < 64:
         return tile * in_flight + queries + probabilities + SCRATCH
     if device.has_tcgen05:
-        return (tile + values) * config.num_stages + queries + SCRATCH
+        return (tile + values) * (in_flight + 1) + queries + SCRATCH
     if device.has_wgmma:
-        return tile * config.num_stages + queries + SCRATCH
+        return tile * (in_flight + 1) + queries + SCRATCH
     return tile * in_flight + queries + probabilities + SCRATCH
 
 
@@ -98,11 +101,17 @@ def is_valid(
     return True, f"takes {needed} of {device.shared_memory} bytes of shared memory"
 
 
+def planned(problem: DecodeProblem) -> DecodeProblem:
+    """The problem as far as a plan knows it: made without the cache's layout, it serves any."""
+    return replace(problem, page_size=64, aligned=True, allow_tf32=False)
+
+
 def row_tile(problem: DecodeProblem, device: Device) -> int:
     """Rows of a program: as many as registers and shared memory hold, so that keys are read once.
 
     float32 multiplies without tensor cores below tf32, and 16 rows fill the registers.
     """
+    problem = planned(problem)
     if problem.dtype == torch.float32 or device.backend == "interpreter":
         return 16
     if problem.rows <= 16:
@@ -134,6 +143,13 @@ def candidates(problem: DecodeProblem, device: Device, rows: int) -> list[tuple[
             (Config(32, 4, 2), "one tile in LDS, the next in registers"),
             (Config(16, 4, 2), "half the keys where LDS is short"),
         ]
+    if not problem.aligned:
+        return [
+            (Config(32, 8, 2), "misaligned rows pass through registers: 8 warps have more of them"),
+            (Config(16, 8, 2), "half the keys where shared memory is short"),
+        ]
+    # The keys of a block come from several pages: each key has an address of its own to keep.
+    scattered = problem.page_size % 64 != 0
     if rows == 64:
         if device.has_tcgen05:
             return [(Config(32, 8, 2), "tcgen05 keeps a second copy of the keys: 32 a step fit")]
@@ -141,12 +157,11 @@ def candidates(problem: DecodeProblem, device: Device, rows: int) -> list[tuple[
             return [(Config(64, 8, 2), "wgmma: one program an SM, its next tile in flight")]
         return [(Config(32, 8, 3), "mma.sync: one program an SM, two small tiles in flight")]
     if rows == 32:
-        return [
-            (Config(64, 4, 2), "two programs an SM hide each other's loads")
-            if device.shared_memory >= 227 * KIB
-            else (Config(32, 8, 2), "8 warps keep 32 rows in registers without a spill"),
-            (Config(32, 8, 2), "half the keys where shared memory is short"),
-        ]
+        if device.shared_memory < 227 * KIB:
+            return [(Config(32, 8, 2), "8 warps keep 32 rows in registers without a spill")]
+        if scattered:
+            return [(Config(32, 4, 2), "two programs an SM; 64 addresses a program would spill")]
+        return [(Config(64, 4, 2), "112 KiB at 512+64: two programs an SM hide each other's loads")]
     if device.shared_memory >= 227 * KIB:
         return [(Config(64, 4, 2), "92 KiB at 512+64: two programs an SM hide each other's loads")]
     if device.shared_memory >= 163 * KIB:
@@ -178,6 +193,7 @@ def heuristic(problem: DecodeProblem, device: Device) -> Config:
 
 def programs_per_sm(problem: DecodeProblem, device: Device) -> int:
     """Programs that are resident on an SM together, as far as the schedule counts on it."""
+    problem = planned(problem)
     config = heuristic(problem, device)
     # Alone, a request has so little work that the second program only lengthens the merge. More
     # than four warps with all their registers leave no room for a second program.

@@ -1,0 +1,161 @@
+"""Writes docs/support.md: what every kernel takes of every card, compiled here and now.
+
+    python docs/generate_support.py            compiles everything and writes the page
+    python docs/generate_support.py --check    exits with 1 if the page says something else
+
+Needs no GPU; takes some minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import torch
+import triton
+
+from mla_triton import device as devices
+from mla_triton.testing.compilation import DIMENSIONS, LABELS, Compiled, cases, compile_all
+
+PAGE = Path(__file__).parent / "support.md"
+INTRODUCTION = """\
+# Supported cards
+
+What runs where, and what was seen. Three kinds of evidence, weakest first:
+
+* **compiled**: the machine code of every configuration that the heuristics can choose was made for
+  the card, and its shared memory fits. The tables below are that; `tests/test_compile.py` holds
+  every row.
+* **interpreted**: the same kernels ran in Triton's interpreter against the float64 reference. This
+  shows what they compute, not what a compiler makes of them.
+* **executed**: the machine code ran on a card. `tests/gpu` does that where there is one, and on a
+  Hopper card also runs the code made for 8.0 and 8.9
+  (see [below](#code-for-80-and-89-on-a-hopper-card)). The runs on record are in
+  [performance.md](performance.md), or it says that there is none.
+
+| capability | cards | shared memory a program | matrix instructions | variants compiled |
+| --- | --- | --- | --- | --- |
+"""
+FOREIGN = """\
+## Code for 8.0 and 8.9 on a Hopper card
+
+PTX made for an older card assembles for a newer one. `tests/gpu/test_sm8x_code.py` uses that: on a
+Hopper card it executes the Ampere and Ada code (mma.sync and cp.async, `.target sm_80` and `sm_89`)
+against the reference, in float16 and bfloat16. That shows that the code Triton makes for these
+capabilities computes the right thing. It does not show that a real card has the shared memory (the
+tables below do), nor how fast the code is there, nor a fault of the older card's assembler or
+hardware.
+"""
+TABLES = """\
+## Resources
+
+Made by `python docs/generate_support.py` with Triton {triton}, whose assembler it uses. *Rows* are
+(query, head) pairs of a program; each line gives the worst of all its page sizes and forms of call.
+*Shared memory* is in bytes a program, *registers* and *spills* (bytes of stack) are a thread's, and
+*in the loop* counts the stack accesses among the instructions of the key loop, which every step
+pays for.
+"""
+
+
+def family(rows: Iterable[Compiled]) -> str:
+    return ", ".join(sorted({name for row in rows for name in row.resources.instructions}))
+
+
+def summary(compiled: Sequence[Compiled]) -> str:
+    """One row a card."""
+    lines = []
+    for label in LABELS:
+        device = devices.from_label(label)
+        every = [row for row in compiled if row.case.label == label]
+        rows = [row for row in every if row.case.kernel == "decode"]
+        others = [row for row in every if row.case.kernel != "decode"]
+        lines.append(
+            f"| {label} | {device.name} and its kind | {device.shared_memory // 1024} KiB "
+            f"| {family(rows)} | {len(rows)} of decode, {len(others)} of combine and schedule |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def decode_key(row: Compiled) -> tuple[str, str, str, int, str]:
+    problem = row.case.problem
+    inside = " (rope inside)" if problem.rope_in_value else ""
+    width = f"{problem.latent}+{problem.rope}{inside}"
+    return (
+        width,
+        str(problem.dtype).removeprefix("torch."),
+        row.config,
+        row.row_tile,
+        "" if problem.aligned else "misaligned",
+    )
+
+
+def decode_table(rows: Sequence[Compiled]) -> str:
+    """The worst of every page size and form of call, a row for each configuration."""
+    lines = [
+        "| latent+rope | dtype | rows | config | pages | shared memory | registers | spills "
+        "| in the loop |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    order = [f"{latent}+{rope}" for latent, rope, _ in DIMENSIONS]
+
+    def rank(row: Compiled) -> tuple[int, tuple[str, str, str, int, str]]:
+        width = decode_key(row)[0]
+        return (order.index(width) if width in order else len(order), decode_key(row))
+
+    for (_, key), grouped in groupby(sorted(rows, key=rank), key=rank):
+        same = list(grouped)
+        width, dtype, config, row_tile, form = key
+        pages = sorted({row.case.problem.page_size for row in same})
+        worst = [row.resources for row in same]
+        slowed = max(worst, key=lambda r: r.loop_spills / max(1, r.loop_instructions))
+        cells = [
+            width,
+            f"{dtype} {form}".strip(),
+            str(row_tile),
+            f"`{config}`",
+            ", ".join(map(str, pages)),
+            str(max(r.shared_memory for r in worst)),
+            str(max(r.registers for r in worst)),
+            str(max(r.spilled for r in worst)),
+            f"{slowed.loop_spills} of {slowed.loop_instructions}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def page(compiled: Sequence[Compiled]) -> str:
+    """The whole page as Markdown."""
+    parts = [INTRODUCTION + summary(compiled), FOREIGN, TABLES.format(triton=triton.__version__)]
+    for label in LABELS:
+        rows = [row for row in compiled if row.case.label == label]
+        small = [row for row in rows if row.case.kernel != "decode"]
+        parts.append(
+            f"### {label}\n\n"
+            + decode_table([row for row in rows if row.case.kernel == "decode"])
+            + "\nCombine and schedule: at most "
+            f"{max(r.resources.shared_memory for r in small)} bytes of shared memory and "
+            f"{max(r.resources.spilled for r in small)} bytes of spills.\n"
+        )
+    return "\n".join(parts)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="compare, write nothing")
+    options = parser.parse_args(arguments)
+    text = page(compile_all(list(cases())))
+    if options.check:
+        if PAGE.read_text() == text:
+            return 0
+        print(f"{PAGE} is stale: run python docs/generate_support.py", file=sys.stderr)
+        return 1
+    PAGE.write_text(text)
+    print(f"wrote {PAGE} (torch {torch.__version__}, triton {triton.__version__})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
