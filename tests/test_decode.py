@@ -13,6 +13,7 @@ from hypothesis import given, settings
 import mla_triton
 from mla_triton import testing
 from mla_triton.kernels.common import combine
+from mla_triton.kernels.common.paged import slot_offset
 from mla_triton.kernels.common.tiles import narrow
 from mla_triton.kernels.portable import decode as portable
 from mla_triton.kernels.portable.decode_config import Config
@@ -304,6 +305,20 @@ def test_empty_batch():
     )
     assert state.out.shape == (0, 1, 4, 512)
     assert state.lse.shape == (0, 1, 4)
+
+
+@triton.jit
+def offset_kernel(target, STRIDE: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    slots = tl.arange(0, PAGE_SIZE)
+    tl.store(target + slots, slot_offset(slots, STRIDE, PAGE_SIZE).to(tl.int64))
+
+
+@pytest.mark.parametrize("stride", [576, 2**25 - 1, 2**25, 2**26, 2**31 + 16])
+def test_offsets_in_a_page_do_not_overflow(stride):
+    """A cache laid out slot by slot has pages whose tokens lie gigabytes apart."""
+    target = torch.empty(64, dtype=torch.int64)
+    offset_kernel[(1,)](target, stride, 64)
+    assert target.tolist() == [slot * stride for slot in range(64)]
 
 
 @triton.jit

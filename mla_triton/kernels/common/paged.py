@@ -46,6 +46,28 @@ def request_pages(
 
 
 @triton.jit
+def slot_offset(slot, STRIDE: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    """Elements from a page's first token to that in `slot`; int64 where int32 is too narrow."""
+    if STRIDE * PAGE_SIZE >= 2**31:
+        slot = slot.to(tl.int64)
+    return slot * STRIDE
+
+
+@triton.jit
+def key_rows(
+    base, page, block, block_keys, stride_page,
+    STRIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, ONE_PAGE: tl.constexpr,
+):  # fmt: skip
+    """Pointers to keys `block + block_keys`: all in one page, or each in a page of its own."""
+    pages = base + page.to(tl.int64) * stride_page
+    if ONE_PAGE:
+        first = pages + slot_offset(block % PAGE_SIZE, STRIDE, PAGE_SIZE)
+        return first + slot_offset(block_keys, STRIDE, PAGE_SIZE)
+    else:
+        return pages + slot_offset((block + block_keys) % PAGE_SIZE, STRIDE, PAGE_SIZE)
+
+
+@triton.jit
 def load_page_ids(row, key, end_key, num_pages, PAGE_SIZE: tl.constexpr):
     """Page ids (int32) of `key`, a key or a vector of keys; page 0 for keys from `end_key` on."""
     page = tl.load(row + key // PAGE_SIZE, mask=key < end_key, other=0)

@@ -25,6 +25,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from mla_triton.device import Device
 from mla_triton.kernels.common.launch import TYPE_NAMES, Launcher, Variant, emulates_bf16
 from mla_triton.kernels.common.paged import (
+    key_rows,
     load_page_ids,
     request_keys,
     request_pages,
@@ -230,14 +231,12 @@ def decode_kernel(
             key = block + block_keys
             # Keys past the end are zero, not hidden alone: 0 x NaN would reach the sum over V.
             key_inside = block_keys < end_key - block
-            if ONE_PAGE:
-                slot = block % PAGE_SIZE
-                ckv_tile = ckv + page.to(tl.int64) * ckv_stride_page + slot * CKV_SLOT
-                ckv_rows = ckv_tile + (block_keys * CKV_SLOT)[:, None]
-            else:
-                slot = key % PAGE_SIZE
-                ckv_rows = (ckv + page.to(tl.int64) * ckv_stride_page + slot * CKV_SLOT)[:, None]
-            latent = tl.load(ckv_rows + value_columns[None, :], mask=key_inside[:, None], other=0.0)
+            ckv_rows = key_rows(
+                ckv, page, block, block_keys, ckv_stride_page, CKV_SLOT, PAGE_SIZE, ONE_PAGE
+            )
+            latent = tl.load(
+                ckv_rows[:, None] + value_columns[None, :], mask=key_inside[:, None], other=0.0
+            )
             scores = dot(
                 q_value,
                 tl.trans(latent),
@@ -248,15 +247,12 @@ def decode_kernel(
             if TAIL > 0:
                 if FUSED:
                     kpe_rows = ckv_rows + VALUE
-                elif ONE_PAGE:
-                    kpe_tile = kpe + page.to(tl.int64) * kpe_stride_page + slot * KPE_SLOT
-                    kpe_rows = kpe_tile + (block_keys * KPE_SLOT)[:, None]
                 else:
-                    kpe_rows = (kpe + page.to(tl.int64) * kpe_stride_page + slot * KPE_SLOT)[
-                        :, None
-                    ]
+                    kpe_rows = key_rows(
+                        kpe, page, block, block_keys, kpe_stride_page, KPE_SLOT, PAGE_SIZE, ONE_PAGE
+                    )
                 rope_key = tl.load(
-                    kpe_rows + tail_columns[None, :], mask=key_inside[:, None], other=0.0
+                    kpe_rows[:, None] + tail_columns[None, :], mask=key_inside[:, None], other=0.0
                 )
                 scores = dot(q_tail, tl.trans(rope_key), scores, PRECISION, EMULATE_BF16)
             # The next page id is on its way while this block is computed: an indirect load inside
