@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -150,7 +151,8 @@ def current() -> Device:
 
 @cache
 def _live(index: int) -> Device:
-    properties = torch.cuda.get_device_properties(index)
+    # torch's stubs lack some of the properties that it has.
+    properties: Any = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
         arch = properties.gcnArchName.split(":")[0]
         shared_memory = KNOWN[arch][2] if arch in KNOWN else 64 * KIB
