@@ -34,8 +34,7 @@ def why_not_reference(device: Device) -> str | None:
     return None
 
 
-@lru_cache(maxsize=4096)
-def decode(problem: DecodeProblem, device: Device, impl: str | None = None) -> Selection:
+def choose_decode(problem: DecodeProblem, device: Device, impl: str | None = None) -> Selection:
     """Chooses for a problem on a device.
 
     Raises ValueError for an `impl` that does not exist, NotImplementedError with every reason where
@@ -58,3 +57,7 @@ def decode(problem: DecodeProblem, device: Device, impl: str | None = None) -> S
             return Selection(name, modules[name], reasons)
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons)
     raise NotImplementedError(f"no implementation of decode can run on {device.label}: {listed}")
+
+
+decode = lru_cache(maxsize=4096)(choose_decode)
+"""The same, remembered; a compiler that traces a call takes the one above."""

@@ -1,14 +1,17 @@
 """Tensors and options -> Problem, or an error that names the argument, the rule and the value.
 
-Only what the host knows is looked at: shapes, strides, dtypes and devices. Values on the device
-(lengths, page ids) are checked by `mla_triton.testing.check_inputs`, and kept harmless by the
-kernels.
+Only what the host knows is looked at: shapes, strides, dtypes and devices. So calls that are alike
+in these make one problem, and the rules are gone through once for all of them: the layers of a
+model, the steps of an engine. Values on the device (lengths, page ids) are kept harmless by the
+kernels, and verified by `mla_triton.debug` on request.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NoReturn
+import operator
+from functools import lru_cache
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -17,11 +20,18 @@ from mla_triton.problem import DecodeProblem
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INT32_MAX = 2**31 - 1
+MAX_SCALE = torch.finfo(torch.float32).max / math.log2(math.e)
+"""The kernels take exponentials to base 2, so the factor of logits is multiplied by log2(e)."""
 ALIGNMENT = 16
+"""What an address is a multiple of, in bytes, and a stride, in elements, where both are aligned."""
+LAST_DIMENSION = "have a contiguous last dimension (stride 1)"
 
 
 def fail(error: type[Exception], argument: str, rule: str, value: object) -> NoReturn:
     raise error(f"{argument} must {rule}, got {value}")
+
+
+# -- types of arguments
 
 
 def check_tensor(argument: str, value: Any) -> None:
@@ -29,28 +39,131 @@ def check_tensor(argument: str, value: Any) -> None:
         fail(TypeError, argument, "be a torch.Tensor", type(value).__name__)
 
 
+def check_flag(argument: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        fail(TypeError, argument, "be True or False", type(value).__name__)
+
+
+def check_impl(impl: Any) -> None:
+    if impl is not None and not isinstance(impl, str):
+        fail(TypeError, "impl", "be a str or None", type(impl).__name__)
+
+
+def integer(argument: str, value: Any) -> int:
+    """The value as an int; a tensor is none, for its value would have to be waited for."""
+    if type(value) is int:
+        return value
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]  # an int to every rule
+    if isinstance(value, (bool, torch.Tensor)) or not hasattr(value, "__index__"):
+        fail(TypeError, argument, "be an integer", type(value).__name__)
+    return operator.index(value)
+
+
+def number(argument: str, value: Any) -> float:
+    """The value as a float that is finite on the device, too."""
+    if type(value) is not float and not isinstance(value, torch.SymFloat):
+        if isinstance(value, (bool, torch.Tensor)) or not hasattr(value, "__float__"):
+            fail(TypeError, argument, "be a number", type(value).__name__)
+        value = float(value)
+    if not abs(value) <= MAX_SCALE:
+        fail(ValueError, argument, "be finite in float32", value)
+    return value
+
+
 def unpack_cache(cache: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(latents, or latents and rotary keys in one; rotary keys of their own or None)."""
-    if isinstance(cache, LatentCache):
-        check_tensor("cache.ckv", cache.ckv)
-        if cache.kpe is not None:
-            check_tensor("cache.kpe", cache.kpe)
-        return cache.ckv, cache.kpe
-    if not isinstance(cache, torch.Tensor):
+    if isinstance(cache, torch.Tensor):
+        return cache, None
+    if not isinstance(cache, LatentCache):
         fail(TypeError, "cache", "be a torch.Tensor or a LatentCache", type(cache).__name__)
-    return cache, None
+    check_tensor("cache.ckv", cache.ckv)
+    if cache.kpe is not None:
+        check_tensor("cache.kpe", cache.kpe)
+    return cache.ckv, cache.kpe
 
 
 def unpack_page_table(page_table: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(dense table or CSR indices, CSR indptr or None)."""
-    if isinstance(page_table, CSRPageTable):
-        check_tensor("page_table.indptr", page_table.indptr)
-        check_tensor("page_table.indices", page_table.indices)
-        return page_table.indices, page_table.indptr
-    if not isinstance(page_table, torch.Tensor):
+    if isinstance(page_table, torch.Tensor):
+        return page_table, None
+    if not isinstance(page_table, CSRPageTable):
         rule = "be a torch.Tensor or a CSRPageTable"
         fail(TypeError, "page_table", rule, type(page_table).__name__)
-    return page_table, None
+    check_tensor("page_table.indptr", page_table.indptr)
+    check_tensor("page_table.indices", page_table.indices)
+    return page_table.indices, page_table.indptr
+
+
+def out_shape(
+    q_nope: torch.Tensor, q_rope: torch.Tensor | None, value_dim: int | None
+) -> tuple[int, ...]:
+    """The shape of `out`; that of queries which break a rule is any."""
+    if value_dim is None or q_nope.dim() == 0:
+        return q_nope.shape
+    rope = 0 if q_rope is None or q_rope.dim() == 0 else q_rope.shape[-1]
+    return *q_nope.shape[:-1], check_value_dim(value_dim, q_nope.shape[-1], rope)
+
+
+# -- what the host knows of a call
+
+
+class Layout(NamedTuple):
+    """What the host knows of a tensor."""
+
+    dtype: torch.dtype
+    device: torch.device
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"shape {tuple(self.shape)} and strides {tuple(self.strides)}"
+
+    @property
+    def last_is_contiguous(self) -> bool:
+        return self.shape[-1] <= 1 or self.strides[-1] == 1
+
+    @property
+    def may_overlap(self) -> bool:
+        """Whether two elements may share memory: a dimension does not step over those inside it."""
+        inside = 1
+        for stride, size in sorted(zip(self.strides, self.shape, strict=True)):
+            if size > 1 and stride < inside:
+                return True
+            inside += (size - 1) * stride
+        return False
+
+
+# A plain tuple is made in half the time of a `Layout`, and a call makes ten of them.
+Facts = tuple[torch.dtype, torch.device, tuple[int, ...], tuple[int, ...]]
+
+
+def facts(tensor: torch.Tensor) -> Facts:
+    return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+
+
+class DecodeCall(NamedTuple):
+    """All that the rules of decode look at."""
+
+    q_nope: Facts
+    q_rope: Facts | None
+    ckv: Facts
+    kpe: Facts | None
+    pages: Facts
+    indptr: Facts | None
+    kv_lens: Facts
+    cu_seqlens_q: Facts | None
+    out: Facts
+    lse: Facts
+    causal: bool
+    value_dim: int | None
+    max_kv_len: int | None
+    allow_tf32: bool
+    aligned: bool
+    """Whether what the kernels read in wide loads begins at multiples of 16 bytes."""
+
+
+# -- decode
 
 
 def decode(
@@ -70,118 +183,105 @@ def decode(
     value_dim: int | None,
     max_kv_len: int | None,
     allow_tf32: bool,
+    has_memory: bool = True,
 ) -> DecodeProblem:
-    """Checks one call of decode, as `mla_triton.decode` has unpacked it."""
-    ragged = cu_seqlens_q is not None
-    csr = indptr is not None
-    fused = kpe is None
-    cache_name = "cache" if fused else "cache.ckv"
-    table_name = "page_table.indices" if csr else "page_table"
+    """Checks one call of decode, as `mla_triton.decode` has unpacked it.
 
-    dtype, device = q_nope.dtype, q_nope.device
-    if dtype not in DTYPES:
-        fail(TypeError, "q_nope", "be float16, bfloat16 or float32", dtype)
-    values = [("q_rope", q_rope), (cache_name, ckv), ("cache.kpe", kpe), ("out", out)]
-    integers = [
-        (table_name, pages),
-        ("page_table.indptr", indptr),
-        ("kv_lens", kv_lens),
-        ("cu_seqlens_q", cu_seqlens_q),
-    ]
-    for name, tensor in values:
-        if tensor is not None and tensor.dtype != dtype:
-            fail(TypeError, name, f"have q_nope's dtype {dtype}", tensor.dtype)
-    for name, tensor in integers:
-        if tensor is not None and tensor.dtype != torch.int32:
-            fail(TypeError, name, "be int32", tensor.dtype)
-    if lse.dtype != torch.float32:
-        fail(TypeError, "lse", "be float32", lse.dtype)
-    for name, tensor in (*values, *integers, ("lse", lse)):
-        if tensor is not None and tensor.device != device:
-            fail(ValueError, name, f"be on q_nope's device {device}", tensor.device)
+    Without `has_memory` (fake tensors of a compiler, the meta device) the rules are the same, and
+    sizes may be symbolic.
+    """
     if torch.is_grad_enabled():
-        check_no_grad(("q_nope", q_nope), *values)
+        check_no_grad(q_nope, q_rope, ckv, kpe, out)
+    number("softmax_scale", softmax_scale)
+    address = 0
+    if has_memory:
+        address = q_nope.data_ptr() | ckv.data_ptr() | out.data_ptr()
+        if q_rope is not None:
+            address |= q_rope.data_ptr()
+        if kpe is not None:
+            address |= kpe.data_ptr()
+    call = DecodeCall(
+        facts(q_nope),
+        None if q_rope is None else facts(q_rope),
+        facts(ckv),
+        None if kpe is None else facts(kpe),
+        facts(pages),
+        None if indptr is None else facts(indptr),
+        facts(kv_lens),
+        None if cu_seqlens_q is None else facts(cu_seqlens_q),
+        facts(out),
+        facts(lse),
+        causal,
+        value_dim,
+        max_kv_len,
+        allow_tf32,
+        address % ALIGNMENT == 0,
+    )
+    return known_problem(call) if has_memory else decode_problem(call)
 
-    form = "[tokens, heads, latent]" if ragged else "[batch, s_q, heads, latent]"
-    if q_nope.dim() != 3 + (not ragged):
-        with_or_without = "with" if ragged else "without"
-        rule = f"be {form} {with_or_without} cu_seqlens_q"
-        fail(ValueError, "q_nope", rule, f"shape {shape(q_nope)}")
-    *lead, heads, latent = q_nope.shape
-    if heads < 1 or latent < 1:
-        fail(
-            ValueError, "q_nope", "have at least one head and one column", f"shape {shape(q_nope)}"
-        )
-    rope = 0
-    if q_rope is not None:
-        if q_rope.shape[:-1] != q_nope.shape[:-1]:
-            rule = f"be {(*lead, heads)} x rope like q_nope"
-            fail(ValueError, "q_rope", rule, f"shape {shape(q_rope)}")
-        rope = q_rope.shape[-1]
-    value = latent if value_dim is None else value_dim
-    if value not in (latent, latent + rope):
-        rule = f"be q_nope's width {latent} or, with the rope part inside, {latent + rope}"
-        fail(ValueError, "value_dim", rule, value)
 
-    if ckv.dim() != 3 or ckv.shape[0] < 1 or ckv.shape[1] < 1:
-        rule = "be [pages, page_size, width] with at least one page of one token"
-        fail(ValueError, cache_name, rule, f"shape {shape(ckv)}")
-    num_pages, page_size, width = ckv.shape
-    if fused:
-        if width != latent + rope:
-            rule = f"be {latent + rope} wide (latent {latent} + rope {rope} of the queries)"
-            fail(ValueError, "cache", rule, f"width {width}")
-    else:
-        assert kpe is not None
-        if value != latent:
-            fail(
-                ValueError,
-                "cache",
-                f"be one tensor where value_dim is {value}",
-                "a LatentCache pair",
-            )
-        if width != latent:
-            fail(ValueError, "cache.ckv", f"be {latent} wide like q_nope", f"width {width}")
-        if tuple(kpe.shape) != (num_pages, page_size, rope):
-            rule = f"be {(num_pages, page_size, rope)} to go with cache.ckv and q_rope"
-            fail(ValueError, "cache.kpe", rule, f"shape {shape(kpe)}")
+def check_no_grad(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor | None,
+    ckv: torch.Tensor,
+    kpe: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    cache = "cache" if kpe is None else "cache.ckv"
+    names = ("q_nope", "q_rope", cache, "cache.kpe", "out")
+    for name, tensor in zip(names, (q_nope, q_rope, ckv, kpe, out), strict=True):
+        if tensor is not None and tensor.requires_grad:
+            rule = "not require grad while grad is enabled (there is no backward)"
+            way_out = "a tensor that does: call under torch.no_grad() or pass it detached"
+            fail(ValueError, name, rule, way_out)
 
-    if kv_lens.dim() != 1 or not kv_lens.is_contiguous():
-        fail(ValueError, "kv_lens", "be contiguous [batch]", layout(kv_lens))
-    batch = kv_lens.shape[0]
-    if ragged:
-        assert cu_seqlens_q is not None
-        if cu_seqlens_q.shape != (batch + 1,) or not cu_seqlens_q.is_contiguous():
-            rule = f"be contiguous [batch + 1] = [{batch + 1}]"
-            fail(ValueError, "cu_seqlens_q", rule, layout(cu_seqlens_q))
-        queries, s_q = lead[0], None
-    else:
-        if lead[0] != batch:
-            fail(ValueError, "kv_lens", f"have q_nope's batch of {lead[0]}", f"{batch} entries")
-        queries, s_q = lead[0] * lead[1], lead[1]
-    capacity = check_page_table(table_name, pages, indptr, batch, page_size)
-    if max_kv_len is not None:
-        if max_kv_len < 0:
-            fail(ValueError, "max_kv_len", "be 0 or more", max_kv_len)
-        if max_kv_len > capacity:
-            rule = f"reach max_kv_len {max_kv_len} with pages of {page_size}"
-            fail(ValueError, table_name, rule, f"{capacity // page_size} entries ({capacity} keys)")
-        capacity = max_kv_len
-    if not math.isfinite(softmax_scale):
-        fail(ValueError, "softmax_scale", "be finite", softmax_scale)
 
-    rows = (*lead, heads)
-    if tuple(out.shape) != (*rows, value):
-        fail(ValueError, "out", f"be {(*rows, value)}", f"shape {shape(out)}")
-    if tuple(lse.shape) != rows:
-        fail(ValueError, "lse", f"be {rows}", f"shape {shape(lse)}")
-    for name, tensor in (("q_nope", q_nope), *values):
-        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            rule = "have a contiguous last dimension (stride 1)"
-            fail(ValueError, name, rule, f"strides {tuple(tensor.stride())}")
+def decode_problem(call: DecodeCall) -> DecodeProblem:
+    """The problem of a call that keeps all rules."""
+    q_nope, ckv, pages, kv_lens, out, lse = (
+        Layout(*known)
+        for known in (call.q_nope, call.ckv, call.pages, call.kv_lens, call.out, call.lse)
+    )
+    q_rope, kpe, indptr, cu_seqlens_q = (
+        None if known is None else Layout(*known)
+        for known in (call.q_rope, call.kpe, call.indptr, call.cu_seqlens_q)
+    )
+    cache_name = "cache" if kpe is None else "cache.ckv"
+    table_name = "page_table" if indptr is None else "page_table.indices"
+    values = {"q_nope": q_nope, "q_rope": q_rope, cache_name: ckv, "cache.kpe": kpe, "out": out}
+    integers = {
+        table_name: pages,
+        "page_table.indptr": indptr,
+        "kv_lens": kv_lens,
+        "cu_seqlens_q": cu_seqlens_q,
+    }
+    _check_dtypes_and_devices(values, integers, lse)
+    heads, latent, rope, value = _check_queries(q_nope, q_rope, cu_seqlens_q, call.value_dim)
+    _check_cache(cache_name, ckv, kpe, latent, rope, value)
+
+    batch = _check_lengths(kv_lens, cu_seqlens_q)
+    lead = q_nope.shape[:-2]
+    if cu_seqlens_q is None and lead[0] != batch:
+        fail(ValueError, "kv_lens", f"have q_nope's batch of {lead[0]}", f"{batch} entries")
+    queries, s_q = (lead[0] * lead[1], lead[1]) if cu_seqlens_q is None else (lead[0], None)
+    check_rows("q_nope", queries, heads)
+
+    num_pages, page_size, _ = ckv.shape
+    capacity = _check_page_table(table_name, pages, indptr, batch, page_size)
+    if call.max_kv_len is not None:
+        check_least("max_kv_len", call.max_kv_len, 0)
+        if call.max_kv_len > capacity:
+            rule = f"reach max_kv_len {call.max_kv_len} with pages of {page_size}"
+            entries = f"{capacity // page_size} entries ({capacity} keys)"
+            fail(ValueError, table_name, rule, entries)
+        capacity = call.max_kv_len
+    _check_results(out, lse, (*lead, heads), value)
+    for name, tensor in values.items():
+        if tensor is not None and not tensor.last_is_contiguous:
+            fail(ValueError, name, LAST_DIMENSION, f"strides {tuple(tensor.strides)}")
 
     return DecodeProblem(
-        dtype=dtype,
+        dtype=q_nope.dtype,
         batch=batch,
         s_q=s_q,
         queries=queries,
@@ -190,58 +290,261 @@ def decode(
         rope=rope,
         value_dim=value,
         page_size=page_size,
-        csr=csr,
+        csr=indptr is not None,
         # One query is the last one: it sees every key, causal or not.
-        causal=causal and s_q != 1,
-        fused=fused,
-        ckv_stride_slot=ckv.stride(1),
-        kpe_stride_slot=0 if kpe is None else kpe.stride(1),
-        aligned=all(aligned(t) for t in (q_nope, q_rope, ckv, kpe, out) if t is not None),
-        allow_tf32=allow_tf32 and dtype == torch.float32,
-        max_kv_len=min(capacity, INT32_MAX),
-        num_pages=num_pages,
+        causal=call.causal and s_q != 1,
+        fused=kpe is None,
+        ckv_stride_slot=ckv.strides[1],
+        kpe_stride_slot=0 if kpe is None else kpe.strides[1],
+        aligned=call.aligned and all(_rows_aligned(t) for t in values.values() if t is not None),
+        allow_tf32=call.allow_tf32 and q_nope.dtype == torch.float32,
+        max_kv_len=INT32_MAX if exceeds_int32(capacity) else capacity,
+        num_pages=INT32_MAX if exceeds_int32(num_pages) else num_pages,
     )
 
 
-def check_no_grad(*tensors: tuple[str, torch.Tensor | None]) -> None:
-    for name, tensor in tensors:
-        if tensor is not None and tensor.requires_grad:
-            rule = "not require grad while grad is enabled (there is no backward)"
-            way_out = "a tensor that does: call under torch.no_grad() or pass it detached"
-            fail(ValueError, name, rule, way_out)
+# An engine makes a few of these per step; the bound is for one that never repeats itself.
+known_problem = lru_cache(maxsize=4096)(decode_problem)
 
 
-def check_page_table(
-    name: str, pages: torch.Tensor, indptr: torch.Tensor | None, batch: int, page_size: int
+def _check_dtypes_and_devices(
+    values: dict[str, Layout | None], integers: dict[str, Layout | None], lse: Layout
+) -> None:
+    q_nope = values["q_nope"]
+    assert q_nope is not None
+    if q_nope.dtype not in DTYPES:
+        fail(TypeError, "q_nope", "be float16, bfloat16 or float32", q_nope.dtype)
+    for name, tensor in values.items():
+        if tensor is not None and tensor.dtype != q_nope.dtype:
+            fail(TypeError, name, f"have q_nope's dtype {q_nope.dtype}", tensor.dtype)
+    for name, tensor in integers.items():
+        if tensor is not None and tensor.dtype != torch.int32:
+            fail(TypeError, name, "be int32", tensor.dtype)
+    if lse.dtype != torch.float32:
+        fail(TypeError, "lse", "be float32", lse.dtype)
+    for name, tensor in (values | integers | {"lse": lse}).items():
+        if tensor is not None and tensor.device != q_nope.device:
+            fail(ValueError, name, f"be on q_nope's device {q_nope.device}", tensor.device)
+
+
+def _check_queries(
+    q_nope: Layout, q_rope: Layout | None, cu_seqlens_q: Layout | None, value_dim: int | None
+) -> tuple[int, int, int, int]:
+    """(heads, latent, rope, value) sizes."""
+    if cu_seqlens_q is None and len(q_nope.shape) != 4:
+        rule = "be [batch, s_q, heads, latent] without cu_seqlens_q"
+        fail(ValueError, "q_nope", rule, shape(q_nope))
+    if cu_seqlens_q is not None and len(q_nope.shape) != 3:
+        fail(ValueError, "q_nope", "be [tokens, heads, latent] with cu_seqlens_q", shape(q_nope))
+    *lead, latent = q_nope.shape
+    heads = lead[-1]
+    if heads < 1 or latent < 1:
+        fail(ValueError, "q_nope", "have at least one head and one column", shape(q_nope))
+    rope = 0
+    if q_rope is not None:
+        if q_rope.shape[:-1] != q_nope.shape[:-1]:
+            rule = f"be [{', '.join(str(size) for size in lead)}, rope] like q_nope"
+            fail(ValueError, "q_rope", rule, shape(q_rope))
+        rope = q_rope.shape[-1]
+    return heads, latent, rope, check_value_dim(value_dim, latent, rope)
+
+
+def check_value_dim(value_dim: int | None, latent: int, rope: int) -> int:
+    if value_dim is None:
+        return latent
+    if value_dim not in (latent, latent + rope):
+        rule = f"be the latent's width {latent} or, with the rope part inside, {latent + rope}"
+        fail(ValueError, "value_dim", rule, value_dim)
+    return value_dim
+
+
+def check_least(argument: str, value: int, least: int) -> None:
+    if value < least:
+        fail(ValueError, argument, f"be {least} or more", value)
+
+
+def exceeds_int32(size: int | torch.SymInt) -> bool:
+    """Of a symbolic size it is not asked: the answer would become a condition of compiled code."""
+    return not isinstance(size, torch.SymInt) and size > INT32_MAX
+
+
+def check_rows(argument: str, queries: int, heads: int) -> None:
+    if exceeds_int32(queries * heads):
+        rule = f"have at most {INT32_MAX} rows (query tokens x heads)"
+        fail(ValueError, argument, rule, f"{queries} x {heads}")
+
+
+def _check_cache(
+    name: str, ckv: Layout, kpe: Layout | None, latent: int, rope: int, value: int
+) -> None:
+    if len(ckv.shape) != 3 or ckv.shape[0] < 1 or ckv.shape[1] < 1:
+        rule = "be [pages, page_size, width] with at least one page of one token"
+        fail(ValueError, name, rule, shape(ckv))
+    *slots, width = ckv.shape
+    if kpe is None:
+        if width != latent + rope:
+            rule = f"be {latent + rope} wide (latent {latent} + rope {rope} of the queries)"
+            fail(ValueError, name, rule, f"width {width}")
+    else:
+        if value != latent:
+            rule = f"be one tensor where value_dim {value} has the rope part inside"
+            fail(ValueError, "cache", rule, "a LatentCache of two")
+        if width != latent:
+            fail(ValueError, name, f"be {latent} wide like q_nope", f"width {width}")
+        if tuple(kpe.shape) != (*slots, rope):
+            rule = f"be {(*slots, rope)} to go with cache.ckv and q_rope"
+            fail(ValueError, "cache.kpe", rule, shape(kpe))
+    for part_name, part in ((name, ckv), ("cache.kpe", kpe)):
+        # Offsets of a token inside its page are 32 bits wide; those of pages are 64.
+        if part is not None and exceeds_int32(part.shape[1] * part.strides[1]):
+            rule = f"have at most {INT32_MAX} elements from a page's first token to its last"
+            step = f"{part.shape[1]} tokens {part.strides[1]} apart"
+            fail(ValueError, part_name, rule, step)
+
+
+def _check_lengths(kv_lens: Layout, cu_seqlens_q: Layout | None) -> int:
+    """The batch."""
+    if not _is_list(kv_lens):
+        fail(ValueError, "kv_lens", "be contiguous [batch]", kv_lens)
+    batch = kv_lens.shape[0]
+    if cu_seqlens_q is not None:
+        _check_offsets("cu_seqlens_q", cu_seqlens_q, batch)
+    return batch
+
+
+def _check_offsets(name: str, offsets: Layout, batch: int) -> None:
+    if not _is_list(offsets) or offsets.shape[0] != batch + 1:
+        fail(ValueError, name, f"be contiguous [batch + 1] = [{batch + 1}]", offsets)
+
+
+def _check_page_table(
+    name: str, pages: Layout, indptr: Layout | None, batch: int, page_size: int
 ) -> int:
     """The most keys a request may have, as far as the table's shape tells."""
-    if indptr is None:
-        if pages.dim() != 2 or pages.shape[0] != batch or pages.shape[1] < 1:
-            rule = f"be [batch, max_pages] = [{batch}, 1 or more]"
-            fail(ValueError, name, rule, f"shape {shape(pages)}")
-        if pages.shape[1] > 1 and pages.stride(1) != 1:
-            rule = "have a contiguous last dimension (stride 1)"
-            fail(ValueError, name, rule, f"strides {tuple(pages.stride())}")
-        return pages.shape[1] * page_size
-    if indptr.shape != (batch + 1,) or not indptr.is_contiguous():
-        rule = f"be contiguous [batch + 1] = [{batch + 1}]"
-        fail(ValueError, "page_table.indptr", rule, layout(indptr))
-    if pages.dim() != 1 or not pages.is_contiguous():
-        fail(ValueError, name, "be contiguous [pages in use]", layout(pages))
-    return pages.shape[0] * page_size
+    if indptr is not None:
+        _check_offsets("page_table.indptr", indptr, batch)
+        if not _is_list(pages):
+            fail(ValueError, name, "be contiguous [pages in use]", pages)
+        return pages.shape[0] * page_size
+    if len(pages.shape) != 2 or pages.shape[0] != batch or pages.shape[1] < 1:
+        rule = f"be [batch, max_pages] = [{batch}, 1 or more]"
+        fail(ValueError, name, rule, shape(pages))
+    if not pages.last_is_contiguous:
+        fail(ValueError, name, LAST_DIMENSION, f"strides {tuple(pages.strides)}")
+    return pages.shape[1] * page_size
 
 
-def aligned(tensor: torch.Tensor) -> bool:
-    """Whether every row of a tensor begins at a multiple of 16 bytes, and provably so."""
-    strides = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
-    return tensor.data_ptr() % ALIGNMENT == 0 and all(
-        stride % ALIGNMENT == 0 for size, stride in strides if size > 1
+def _check_results(out: Layout, lse: Layout, rows: tuple[int, ...], value: int) -> None:
+    for name, tensor, expected in (("out", out, (*rows, value)), ("lse", lse, rows)):
+        if tuple(tensor.shape) != expected:
+            fail(ValueError, name, f"be {expected}", shape(tensor))
+        if tensor.may_overlap:
+            rule = "be laid out without overlap"
+            fail(ValueError, name, rule, f"strides {tuple(tensor.strides)}")
+
+
+def _is_list(tensor: Layout) -> bool:
+    return len(tensor.shape) == 1 and tensor.last_is_contiguous
+
+
+def _rows_aligned(tensor: Layout) -> bool:
+    """Whether every row begins at a multiple of 16 elements from the first, and provably so."""
+    rows = zip(tensor.shape[:-1], tensor.strides[:-1], strict=True)
+    return all(stride % ALIGNMENT == 0 for size, stride in rows if size > 1)
+
+
+def shape(tensor: Layout) -> str:
+    return f"shape {tuple(tensor.shape)}"
+
+
+# -- plan
+
+
+def plan(
+    kv_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    *,
+    heads: int,
+    latent: int,
+    rope: int,
+    dtype: torch.dtype,
+    s_q: int,
+    queries: int | None,
+    value_dim: int | None,
+    max_kv_len: int | None,
+    parts: int | None,
+    impl: str | None,
+) -> DecodeProblem:
+    """Checks one call of plan. Page size, strides and causality, which a plan leaves open, are
+    those of an ordinary call."""
+    plan_lengths(kv_lens, cu_seqlens_q)
+    check_impl(impl)
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
+        fail(TypeError, "dtype", "be float16, bfloat16 or float32", dtype)
+    heads, latent, rope, s_q = (
+        _size(name, size, least)
+        for name, size, least in (
+            ("heads", heads, 1),
+            ("latent", latent, 1),
+            ("rope", rope, 0),
+            ("s_q", s_q, 1),
+        )
+    )
+    queries, value_dim, max_kv_len, parts = (
+        None if size is None else _size(name, size, least)
+        for name, size, least in (
+            ("queries", queries, 0),
+            ("value_dim", value_dim, 1),
+            ("max_kv_len", max_kv_len, 0),
+            ("parts", parts, 1),
+        )
+    )
+    if (queries is None) != (cu_seqlens_q is None):
+        fail(ValueError, "queries", "be given if, and only if, cu_seqlens_q is", queries)
+    if cu_seqlens_q is not None and s_q != 1:
+        fail(ValueError, "s_q", "be left out where cu_seqlens_q is given", s_q)
+    value = check_value_dim(value_dim, latent, rope)
+    batch = kv_lens.shape[0]
+    if queries is None:
+        queries = batch * s_q
+    check_rows("heads", queries, heads)
+    return DecodeProblem(
+        dtype=dtype,
+        batch=batch,
+        s_q=s_q if cu_seqlens_q is None else None,
+        queries=queries,
+        heads=heads,
+        latent=latent,
+        rope=rope,
+        value_dim=value,
+        page_size=1,
+        csr=False,
+        causal=False,
+        fused=True,
+        ckv_stride_slot=latent + rope,
+        kpe_stride_slot=0,
+        max_kv_len=INT32_MAX if max_kv_len is None else min(max_kv_len, INT32_MAX),
     )
 
 
-def shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)
+def _size(argument: str, value: Any, least: int) -> int:
+    size = integer(argument, value)
+    check_least(argument, size, least)
+    return size
 
 
-def layout(tensor: torch.Tensor) -> str:
-    return f"shape {shape(tensor)} and strides {tuple(tensor.stride())}"
+def plan_lengths(kv_lens: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> None:
+    """Checks the tensors that a schedule is made of."""
+    check_tensor("kv_lens", kv_lens)
+    if kv_lens.dtype != torch.int32:
+        fail(TypeError, "kv_lens", "be int32", kv_lens.dtype)
+    if cu_seqlens_q is None:
+        _check_lengths(Layout(*facts(kv_lens)), None)
+        return
+    check_tensor("cu_seqlens_q", cu_seqlens_q)
+    if cu_seqlens_q.dtype != torch.int32:
+        fail(TypeError, "cu_seqlens_q", "be int32", cu_seqlens_q.dtype)
+    if cu_seqlens_q.device != kv_lens.device:
+        rule = f"be on kv_lens's device {kv_lens.device}"
+        fail(ValueError, "cu_seqlens_q", rule, cu_seqlens_q.device)
+    _check_lengths(Layout(*facts(kv_lens)), Layout(*facts(cu_seqlens_q)))

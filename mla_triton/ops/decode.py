@@ -8,15 +8,24 @@ from typing import NamedTuple
 
 import torch
 
+from mla_triton import debug, reference, select, validate
 from mla_triton import device as devices
-from mla_triton import reference, select, validate
 from mla_triton.cache import CSRPageTable, LatentCache
 from mla_triton.device import Device
 from mla_triton.kernels.common import combine
 from mla_triton.kernels.common.launch import Launcher
 from mla_triton.kernels.common.tensors import DecodeTensors
 from mla_triton.ops.library import LIBRARY
-from mla_triton.ops.plan import PLAN_KEY, Plan, buffers, plan_key
+from mla_triton.ops.plan import (
+    Plan,
+    buffers,
+    check_plan,
+    check_plan_device,
+    launcher,
+    make_schedule,
+    plan_key,
+    planned_parts,
+)
 from mla_triton.plan import Geometry
 from mla_triton.problem import DecodeProblem
 from mla_triton.state import AttentionState
@@ -80,23 +89,32 @@ def decode(
     """
     validate.check_tensor("q_nope", q_nope)
     validate.check_tensor("kv_lens", kv_lens)
-    for name, optional in (
-        ("q_rope", q_rope),
-        ("cu_seqlens_q", cu_seqlens_q),
-        ("out", out),
-        ("lse", lse),
-    ):
-        if optional is not None:
-            validate.check_tensor(name, optional)
+    if q_rope is not None:
+        validate.check_tensor("q_rope", q_rope)
+    if cu_seqlens_q is not None:
+        validate.check_tensor("cu_seqlens_q", cu_seqlens_q)
     ckv, kpe = validate.unpack_cache(cache)
     pages, indptr = validate.unpack_page_table(page_table)
+    softmax_scale = validate.number("softmax_scale", softmax_scale)
+    validate.check_flag("causal", causal)
+    validate.check_flag("allow_tf32", allow_tf32)
+    if value_dim is not None:
+        value_dim = validate.integer("value_dim", value_dim)
+    if max_kv_len is not None:
+        max_kv_len = validate.integer("max_kv_len", max_kv_len)
+    validate.check_impl(impl)
     if plan is not None and not isinstance(plan, Plan):
         validate.fail(TypeError, "plan", "be a Plan or None", type(plan).__name__)
-    if out is None:
-        width = q_nope.shape[-1] if value_dim is None else value_dim
-        out = q_nope.new_empty((*q_nope.shape[:-1], width))
+    if out is None and value_dim is None:
+        out = torch.empty_like(q_nope, memory_format=torch.contiguous_format)
+    elif out is None:
+        out = q_nope.new_empty(validate.out_shape(q_nope, q_rope, value_dim))
+    else:
+        validate.check_tensor("out", out)
     if lse is None:
         lse = q_nope.new_empty(q_nope.shape[:-1], dtype=torch.float32)
+    else:
+        validate.check_tensor("lse", lse)
     torch.ops.mla_triton.decode(
         q_nope,
         q_rope,
@@ -126,7 +144,7 @@ LIBRARY.define(
     "decode(Tensor q_nope, Tensor? q_rope, Tensor ckv, Tensor? kpe, Tensor pages, Tensor? indptr, "
     "Tensor kv_lens, Tensor? cu_seqlens_q, Tensor? schedule, Tensor(a!)? partial_out, "
     "Tensor(b!)? partial_lse, Tensor(c!) out, Tensor(d!) lse, float softmax_scale, bool causal, "
-    "int? value_dim, int? max_kv_len, bool allow_tf32, int[]? planned, str? impl) -> ()"
+    "SymInt? value_dim, SymInt? max_kv_len, bool allow_tf32, SymInt[]? planned, str? impl) -> ()"
 )
 
 
@@ -135,7 +153,7 @@ class Prepared(NamedTuple):
 
     geometry: Geometry
     key: list[int]
-    """`plan_key` less its first entry: what a plan given by the user must have, too."""
+    """What a plan given by the user must have, too."""
     kernel: Launcher
     combine_config: combine.Config
     combine: Launcher
@@ -154,10 +172,10 @@ def prepare(
     combine_config = combine.heuristic(problem, geometry)
     return Prepared(
         geometry,
-        plan_key(problem, geometry)[1:],
-        Launcher(implementation.variant(problem, config, geometry, device), device, index),
+        plan_key(problem, geometry),
+        launcher(implementation.variant(problem, config, geometry, device), device, index),
         combine_config,
-        Launcher(combine.variant(problem, combine_config, device), device, index),
+        launcher(combine.variant(problem, combine_config, device), device, index),
     )
 
 
@@ -188,11 +206,20 @@ def _decode(
         softmax_scale=softmax_scale, causal=causal, value_dim=value_dim, max_kv_len=max_kv_len,
         allow_tf32=allow_tf32,
     )  # fmt: skip
-    if problem.queries == 0:
-        return
+    if schedule is not None:
+        check_plan_device(schedule, q_nope)
+    verify = debug.wanted(q_nope)
+    if verify:
+        debug.check_decode(
+            q_nope, q_rope, ckv, kpe, pages, indptr, kv_lens, cu_seqlens_q, out, lse, max_kv_len
+        )
     device = devices.of(q_nope.device)
     chosen = select.decode(problem, device, impl)
+    if problem.queries == 0:
+        return
     if chosen.name == "reference":
+        if planned is not None:
+            check_plan(planned, plan_key(problem, None), chosen.name)
         state = reference.decode(
             q_nope,
             q_rope,
@@ -208,20 +235,24 @@ def _decode(
         out.copy_(state.out)
         lse.copy_(state.lse)
         return
-    parts = None if planned is None else planned[1]
+    parts = None if planned is None else planned_parts(planned)
     ready = prepare(chosen.module, problem, device, q_nope.device.index, parts)
     if planned is None:
-        planned_kv_len = problem.max_kv_len
+        planned = [problem.max_kv_len, *ready.key]
         schedule, partial_out, partial_lse = buffers(problem, ready.geometry, q_nope.device)
-        torch.ops.mla_triton.schedule(kv_lens, cu_seqlens_q, schedule, [planned_kv_len, *ready.key])
+        make_schedule(kv_lens, cu_seqlens_q, schedule, planned)
     else:
-        planned_kv_len = planned[0]
         check_plan(planned, ready.key, chosen.name)
     assert schedule is not None
     assert partial_out is not None
     assert partial_lse is not None
+    if verify:
+        # Made over a copy: what a schedule leaves unwritten stays equal.
+        fresh = schedule.clone()
+        make_schedule(kv_lens, cu_seqlens_q, fresh, planned)
+        debug.check_schedule(schedule, fresh)
     tensors = DecodeTensors(
-        q_nope, q_rope, ckv, kpe, pages, indptr, kv_lens, cu_seqlens_q, schedule, planned_kv_len,
+        q_nope, q_rope, ckv, kpe, pages, indptr, kv_lens, cu_seqlens_q, schedule, planned[0],
         partial_out, partial_lse, out, lse, softmax_scale,
     )  # fmt: skip
     chosen.module.launch(ready.kernel, problem, ready.geometry, tensors)
@@ -229,22 +260,34 @@ def _decode(
         combine.launch(ready.combine, problem, ready.combine_config, ready.geometry, tensors)
 
 
-def check_plan(planned: list[int], needed: list[int], implementation: str) -> None:
-    if list(planned[1:]) != needed:
-        names = PLAN_KEY[1:]
-        pairs = zip(names, planned[1:], needed, strict=True)
-        differing = {name: (have, want) for name, have, want in pairs if have != want}
-        got = ", ".join(f"{name} {have}" for name, (have, _) in differing.items())
-        rule = ", ".join(f"{name} {want}" for name, (_, want) in differing.items())
-        rule = f"be made for {rule} as {implementation} needs for this call"
-        validate.fail(ValueError, "plan", rule, got)
-
-
 def _decode_fake(
-    q_nope, q_rope, ckv, kpe, pages, indptr, kv_lens, cu_seqlens_q, schedule, partial_out,
-    partial_lse, out, lse, softmax_scale, causal, value_dim, max_kv_len, allow_tf32, planned, impl,
-):  # fmt: skip
-    return None
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor | None,
+    ckv: torch.Tensor,
+    kpe: torch.Tensor | None,
+    pages: torch.Tensor,
+    indptr: torch.Tensor | None,
+    kv_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    schedule: torch.Tensor | None,
+    partial_out: torch.Tensor | None,
+    partial_lse: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    softmax_scale: float,
+    causal: bool,
+    value_dim: int | None,
+    max_kv_len: int | None,
+    *_: object,
+) -> None:
+    """The rules alone: results go to `out` and `lse`, which are there."""
+    validate.decode(
+        q_nope, q_rope, ckv, kpe, pages, indptr, kv_lens, cu_seqlens_q, out, lse,
+        softmax_scale=softmax_scale, causal=causal, value_dim=value_dim, max_kv_len=max_kv_len,
+        allow_tf32=False, has_memory=False,
+    )  # fmt: skip
+    if schedule is not None:
+        check_plan_device(schedule, q_nope)
 
 
 for _key in ("CPU", "CUDA"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -11,7 +12,7 @@ from mla_triton import device as devices
 from mla_triton import select, validate
 from mla_triton.device import Device
 from mla_triton.kernels.common import schedule as schedules
-from mla_triton.kernels.common.launch import Launcher
+from mla_triton.kernels.common.launch import Launcher, Variant
 from mla_triton.ops.library import LIBRARY
 from mla_triton.plan import Geometry
 from mla_triton.problem import DecodeProblem
@@ -35,10 +36,9 @@ class Plan:
     partial_lse: torch.Tensor | None
 
     @property
-    def key(self) -> list[int] | None:
-        if self.geometry is None:
-            return None
-        return plan_key(self.problem, self.geometry)
+    def key(self) -> list[int]:
+        """The bound of lengths that it was made under, and what it and its decode must agree on."""
+        return [self.problem.max_kv_len, *plan_key(self.problem, self.geometry)]
 
     def update(self, kv_lens: torch.Tensor, cu_seqlens_q: torch.Tensor | None = None) -> None:
         """Makes the schedule again for new lengths of the same batch, in place.
@@ -47,15 +47,18 @@ class Plan:
 
         Raises ValueError where the batch, or raggedness, is not the plan's.
         """
-        check_lengths(kv_lens, cu_seqlens_q)
+        validate.plan_lengths(kv_lens, cu_seqlens_q)
         if kv_lens.shape[0] != self.problem.batch:
             rule = f"have the plan's batch of {self.problem.batch}"
             validate.fail(ValueError, "kv_lens", rule, f"{kv_lens.shape[0]} entries")
-        if (cu_seqlens_q is None) == self.problem.ragged:
-            rule = "be given if, and only if, the plan has it"
-            validate.fail(ValueError, "cu_seqlens_q", rule, cu_seqlens_q)
+        if (cu_seqlens_q is not None) != self.problem.ragged:
+            rule = "be given if, and only if, the plan was made with it"
+            got = "None" if cu_seqlens_q is None else "a tensor"
+            validate.fail(ValueError, "cu_seqlens_q", rule, got)
         if self.schedule is not None:
-            assert self.key is not None
+            if kv_lens.device != self.schedule.device:
+                rule = f"be on the plan's device {self.schedule.device}"
+                validate.fail(ValueError, "kv_lens", rule, kv_lens.device)
             torch.ops.mla_triton.schedule(kv_lens, cu_seqlens_q, self.schedule, self.key)
 
 
@@ -93,71 +96,33 @@ def plan(
             value.
         NotImplementedError: no implementation, or not `impl`, can take the problem; says why.
     """
-    check_lengths(kv_lens, cu_seqlens_q)
-    sizes = {"heads": heads, "latent": latent, "s_q": s_q}
-    sizes |= {name: n for name, n in (("parts", parts),) if n is not None}
-    for name, number in sizes.items():
-        if number < 1:
-            validate.fail(ValueError, name, "be 1 or more", number)
-    if rope < 0:
-        validate.fail(ValueError, "rope", "be 0 or more", rope)
-    if dtype not in validate.DTYPES:
-        validate.fail(TypeError, "dtype", "be float16, bfloat16 or float32", dtype)
-    if (queries is None) != (cu_seqlens_q is None):
-        validate.fail(ValueError, "queries", "be given together with cu_seqlens_q", queries)
-    value = latent if value_dim is None else value_dim
-    if value not in (latent, latent + rope):
-        rule = f"be latent {latent} or, with the rope part inside, {latent + rope}"
-        validate.fail(ValueError, "value_dim", rule, value)
-    if max_kv_len is not None and max_kv_len < 0:
-        validate.fail(ValueError, "max_kv_len", "be 0 or more", max_kv_len)
-
-    batch = kv_lens.shape[0]
-    problem = DecodeProblem(
-        dtype=dtype,
-        batch=batch,
-        s_q=s_q if cu_seqlens_q is None else None,
-        queries=batch * s_q if queries is None else queries,
-        heads=heads,
-        latent=latent,
-        rope=rope,
-        value_dim=value,
-        page_size=1,
-        csr=False,
-        causal=False,
-        fused=True,
-        ckv_stride_slot=latent + rope,
-        kpe_stride_slot=0,
-        max_kv_len=validate.INT32_MAX if max_kv_len is None else max_kv_len,
-    )
-    device = devices.of(kv_lens.device)
-    chosen = select.decode(problem, device, impl)
-    if chosen.name == "reference":
+    problem = validate.plan(
+        kv_lens, cu_seqlens_q, heads=heads, latent=latent, rope=rope, dtype=dtype, s_q=s_q,
+        queries=queries, value_dim=value_dim, max_kv_len=max_kv_len, parts=parts, impl=impl,
+    )  # fmt: skip
+    parts = None if parts is None else validate.integer("parts", parts)
+    # A compiler looks through what is remembered, and warns of it.
+    find = cut if torch.compiler.is_compiling() else known_cut
+    geometry = find(problem, devices.of(kv_lens.device), impl, parts)
+    if geometry is None:
         return Plan(problem, None, None, None, None)
-    geometry = chosen.module.geometry(problem, device, parts)
     made = Plan(problem, geometry, *buffers(problem, geometry, kv_lens.device))
     made.update(kv_lens, cu_seqlens_q)
     return made
 
 
-def check_lengths(kv_lens: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> None:
-    validate.check_tensor("kv_lens", kv_lens)
-    if kv_lens.dtype != torch.int32:
-        validate.fail(TypeError, "kv_lens", "be int32", kv_lens.dtype)
-    if kv_lens.dim() != 1 or not kv_lens.is_contiguous():
-        layout = validate.layout(kv_lens)
-        validate.fail(ValueError, "kv_lens", "be contiguous [batch]", layout)
-    if cu_seqlens_q is None:
-        return
-    validate.check_tensor("cu_seqlens_q", cu_seqlens_q)
-    if cu_seqlens_q.dtype != torch.int32:
-        validate.fail(TypeError, "cu_seqlens_q", "be int32", cu_seqlens_q.dtype)
-    if cu_seqlens_q.shape != (kv_lens.shape[0] + 1,) or not cu_seqlens_q.is_contiguous():
-        rule = f"be contiguous [batch + 1] = [{kv_lens.shape[0] + 1}]"
-        validate.fail(ValueError, "cu_seqlens_q", rule, validate.layout(cu_seqlens_q))
-    if cu_seqlens_q.device != kv_lens.device:
-        rule = f"be on kv_lens's device {kv_lens.device}"
-        validate.fail(ValueError, "cu_seqlens_q", rule, cu_seqlens_q.device)
+def cut(
+    problem: DecodeProblem, device: Device, impl: str | None, parts: int | None
+) -> Geometry | None:
+    """How what runs a problem cuts it; None for the reference, which does not."""
+    chosen = select.choose_decode(problem, device, impl)
+    if chosen.name == "reference":
+        return None
+    geometry: Geometry = chosen.module.geometry(problem, device, parts)
+    return geometry
+
+
+known_cut = lru_cache(maxsize=4096)(cut)
 
 
 def buffers(
@@ -171,58 +136,99 @@ def buffers(
     )
 
 
-PLAN_KEY = (
-    "max_kv_len",
-    "parts",
-    "batch",
-    "s_q",
-    "queries",
-    "heads",
-    "value_dim",
-    "kv_tile",
-    "row_tile",
-    "lanes",
-    "overhead",
-    "max_groups",
-)
+PROBLEM_KEY = ("batch", "s_q", "queries", "heads", "value_dim")
+GEOMETRY_KEY = ("parts", "kv_tile", "row_tile", "lanes", "overhead", "max_groups")
 
 
-def plan_key(problem: DecodeProblem, geometry: Geometry) -> list[int]:
-    """All that a plan and its decode must agree on: the values of `PLAN_KEY`."""
-    return [
-        problem.max_kv_len,
-        geometry.parts,
-        problem.batch,
-        -1 if problem.s_q is None else problem.s_q,
-        problem.queries,
-        problem.heads,
-        problem.value_dim,
-        geometry.kv_tile,
-        geometry.row_tile,
-        geometry.lanes,
-        geometry.overhead,
-        geometry.max_groups,
+def plan_key(problem: DecodeProblem, geometry: Geometry | None) -> list[int]:
+    """What a plan and its decode must agree on, by the names of `PROBLEM_KEY` and `GEOMETRY_KEY`.
+
+    The reference has no geometry to agree on.
+    """
+    s_q = -1 if problem.s_q is None else problem.s_q
+    key = [problem.batch, s_q, problem.queries, problem.heads, problem.value_dim]
+    if geometry is not None:
+        key += [
+            geometry.parts,
+            geometry.kv_tile,
+            geometry.row_tile,
+            geometry.lanes,
+            geometry.overhead,
+            geometry.max_groups,
+        ]
+    return key
+
+
+def planned_parts(planned: list[int]) -> int | None:
+    """The parts of a plan, by its `Plan.key`; None where it was made for the reference."""
+    geometry = planned[1 + len(PROBLEM_KEY) :]
+    return geometry[0] if geometry else None
+
+
+def check_plan(planned: list[int], needed: list[int], implementation: str) -> None:
+    """Raises ValueError unless a plan, by its `Plan.key`, has the `plan_key` that a call needs."""
+    made_for = planned[1:]
+    if made_for == needed:
+        return
+    count = len(PROBLEM_KEY)
+    _check_same("be made for this call's", PROBLEM_KEY, made_for, needed)
+    if len(made_for) == count < len(needed):
+        rule = f"be made for {implementation}, which runs this call"
+        validate.fail(ValueError, "plan", rule, "one for the reference")
+    rule = f"be cut as {implementation} cuts this call, by"
+    _check_same(rule, GEOMETRY_KEY, made_for[count:], needed[count:])
+
+
+def check_plan_device(schedule: torch.Tensor, q_nope: torch.Tensor) -> None:
+    if schedule.device != q_nope.device:
+        rule = f"be on q_nope's device {q_nope.device}"
+        validate.fail(ValueError, "plan", rule, schedule.device)
+
+
+def _check_same(rule: str, names: Sequence[str], made_for: list[int], needed: list[int]) -> None:
+    differing = [
+        (name, have, want)
+        for name, have, want in zip(names, made_for, needed, strict=False)
+        if have != want
     ]
+    if differing:
+        wanted = ", ".join(_text(name, want) for name, _, want in differing)
+        got = ", ".join(_text(name, have) for name, have, _ in differing)
+        validate.fail(ValueError, "plan", f"{rule} {wanted}", got)
+
+
+def _text(name: str, number: int) -> str:
+    return "ragged queries" if name == "s_q" and number < 0 else f"{name} {number}"
 
 
 @lru_cache(maxsize=1024)
-def launcher(batch: int, ragged: bool, kv_tile: int, device: Device, index: int | None) -> Launcher:
-    return Launcher(schedules.variant(batch, ragged, kv_tile), device, index)
+def launcher(variant: Variant, device: Device, index: int | None) -> Launcher:
+    """Problems that differ in sizes alone share a variant, and so its machine code."""
+    return Launcher(variant, device, index)
+
+
+@lru_cache(maxsize=4096)
+def schedule_launcher(
+    batch: int, ragged: bool, kv_tile: int, device: Device, index: int | None
+) -> Launcher:
+    return launcher(schedules.variant(batch, ragged, kv_tile), device, index)
 
 
 LIBRARY.define(
-    "schedule(Tensor kv_lens, Tensor? cu_seqlens_q, Tensor(a!) schedule, int[] key) -> ()"
+    "schedule(Tensor kv_lens, Tensor? cu_seqlens_q, Tensor(a!) schedule, SymInt[] key) -> ()"
 )
 
 
-def _schedule(
+def make_schedule(
     kv_lens: torch.Tensor, cu_seqlens_q: torch.Tensor | None, schedule: torch.Tensor, key: list[int]
 ) -> None:
-    max_kv_len, parts, batch, s_q, queries, heads, _, kv_tile, row_tile, lanes, overhead, groups = (
+    """Writes the schedule of the lengths that are on the device now; `key` as `Plan.key`."""
+    max_kv_len, batch, s_q, queries, heads, _, parts, kv_tile, row_tile, lanes, overhead, groups = (
         key
     )
     geometry = Geometry(kv_tile, row_tile, lanes, parts, overhead, groups)
-    run = launcher(batch, s_q < 0, kv_tile, devices.of(kv_lens.device), kv_lens.device.index)
+    device = devices.of(kv_lens.device)
+    run = schedule_launcher(batch, s_q < 0, kv_tile, device, kv_lens.device.index)
     schedules.launch(
         run, geometry, batch, s_q, queries, heads, max_kv_len, kv_lens, cu_seqlens_q, schedule
     )
@@ -235,5 +241,5 @@ def _schedule_fake(
 
 
 for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("schedule", _schedule, _key)
+    LIBRARY.impl("schedule", make_schedule, _key)
 torch.library.register_fake("mla_triton::schedule", _schedule_fake, lib=LIBRARY)

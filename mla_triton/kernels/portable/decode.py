@@ -378,4 +378,5 @@ def compile(problem: DecodeProblem, config: Config, geometry: Geometry, device: 
 def launch(
     launcher: Launcher, problem: DecodeProblem, geometry: Geometry, tensors: DecodeTensors
 ) -> None:
+    """Writes `out` and `lse`, or partial results where the schedule cuts a group."""
     launcher((geometry.lanes, geometry.parts, 1), arguments(problem, geometry, tensors))

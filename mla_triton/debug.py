@@ -1,0 +1,106 @@
+"""The debug switch: with `MLA_TRITON_DEBUG=1` in the environment, calls verify what is not read.
+
+That is what only the device knows (lengths, offsets, page ids, whether a plan is of these lengths),
+and whether results lie apart from what is read. Every call then waits for the device.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import torch
+
+from mla_triton.cache import CSRPageTable, LatentCache
+from mla_triton.validate import fail
+
+
+@cache
+def switched_on() -> bool:
+    return os.environ.get("MLA_TRITON_DEBUG", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def wanted(tensor: torch.Tensor) -> bool:
+    """Whether a call with this tensor is to be verified; the environment is read once.
+
+    Not while a CUDA graph is captured: nothing can be read there.
+    """
+    if not switched_on():
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def check_decode(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor | None,
+    ckv: torch.Tensor,
+    kpe: torch.Tensor | None,
+    pages: torch.Tensor,
+    indptr: torch.Tensor | None,
+    kv_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    max_kv_len: int | None,
+) -> None:
+    """Raises ValueError naming argument, rule and value, as `mla_triton.testing.check_inputs`."""
+    # Only here, so that an ordinary call does not load what tests need.
+    from mla_triton.testing.inputs import check_inputs
+
+    check_inputs(
+        q_nope,
+        q_rope,
+        ckv if kpe is None else LatentCache(ckv, kpe),
+        pages if indptr is None else CSRPageTable(indptr, pages),
+        kv_lens,
+        cu_seqlens_q=cu_seqlens_q,
+        max_kv_len=max_kv_len,
+    )
+    cache_name = "cache" if kpe is None else "cache.ckv"
+    read = {"q_nope": q_nope, "q_rope": q_rope, cache_name: ckv, "cache.kpe": kpe}
+    for name, result, others in (("out", out, read | {"lse": lse}), ("lse", lse, read)):
+        for other_name, other in others.items():
+            if other is not None and share_memory(result, other):
+                rule = f"not share memory with {other_name}"
+                fail(ValueError, name, rule, "tensors that overlap")
+
+
+def check_schedule(schedule: torch.Tensor, fresh: torch.Tensor) -> None:
+    """Raises ValueError where the schedule of a plan is not that of the lengths there are now."""
+    if not torch.equal(schedule, fresh):
+        rule = "be of the lengths of this call (Plan.update makes it so)"
+        fail(ValueError, "plan", rule, "a schedule of other lengths")
+
+
+def share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether any byte belongs to both tensors."""
+    if not one.numel() or not other.numel() or not _ranges_meet(one, other):
+        return False
+    (starts, size), (other_starts, other_size) = _runs(one), _runs(other)
+    # Of the other tensor's runs that begin before the end of a run, the last reaches furthest.
+    last = torch.searchsorted(other_starts, starts + size) - 1
+    return bool(((last >= 0) & (other_starts[last.clamp_min(0)] + other_size > starts)).any())
+
+
+def _ranges_meet(one: torch.Tensor, other: torch.Tensor) -> bool:
+    (begin, end), (other_begin, other_end) = (
+        (t.data_ptr(), t.data_ptr() + t.element_size() * (1 + _reach(t))) for t in (one, other)
+    )
+    return begin < other_end and other_begin < end
+
+
+def _reach(tensor: torch.Tensor) -> int:
+    """Elements from the first to the last."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return sum((size - 1) * stride for size, stride in steps)
+
+
+def _runs(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """(sorted addresses of the contiguous runs of a tensor, bytes of each)."""
+    if tensor.stride(-1) != 1:
+        tensor = tensor[..., None]
+    starts = torch.tensor([tensor.data_ptr()])
+    item = tensor.element_size()
+    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
+        starts = (starts[:, None] + torch.arange(size) * (stride * item)).flatten()
+    return starts.sort().values, tensor.shape[-1] * item
