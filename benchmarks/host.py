@@ -44,13 +44,7 @@ def idle_card(card: devices.Device) -> Iterator[None]:
 
     def make_idle(launcher: Any, variant: Any, device: Any, index: Any) -> None:
         make(launcher, variant, device, 0)
-        launcher._compiled = SimpleNamespace(
-            run=lambda *_: None,
-            function=0,
-            packed_metadata=(),
-            launch_metadata=lambda *_: None,
-            _init_handles=lambda: None,
-        )
+        launcher._run = lambda *_: None
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(devices, "of", lambda _: card))

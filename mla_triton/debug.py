@@ -7,6 +7,7 @@ and whether results lie apart from what is read. Every call then waits for the d
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -65,8 +66,17 @@ def check_decode(
                 fail(ValueError, name, rule, "tensors that overlap")
 
 
-def check_schedule(schedule: torch.Tensor, fresh: torch.Tensor) -> None:
+def check_schedule(
+    schedule: torch.Tensor,
+    make_schedule: Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor, list[int]], None],
+    kv_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    planned: list[int],
+) -> None:
     """Raises ValueError where the schedule of a plan is not that of the lengths there are now."""
+    # Made over a copy: what a schedule leaves unwritten stays equal.
+    fresh = schedule.clone()
+    make_schedule(kv_lens, cu_seqlens_q, fresh, planned)
     if not torch.equal(schedule, fresh):
         rule = "be of the lengths of this call (Plan.update makes it so)"
         fail(ValueError, "plan", rule, "a schedule of other lengths")

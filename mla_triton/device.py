@@ -72,7 +72,7 @@ class Device:
     @property
     def has_tf32(self) -> bool:
         """Matrix instructions that round float32 operands to tf32 (xf32 on AMD)."""
-        return self.arch == "gfx942" or self.capability is not None
+        return self.arch == "gfx942" or self.has_async_copy
 
     @property
     def has_fp8(self) -> bool:

@@ -394,12 +394,6 @@ def _check_cache(
         if tuple(kpe.shape) != (*slots, rope):
             rule = f"be {(*slots, rope)} to go with cache.ckv and q_rope"
             fail(ValueError, "cache.kpe", rule, shape(kpe))
-    for part_name, part in ((name, ckv), ("cache.kpe", kpe)):
-        # Offsets of a token inside its page are 32 bits wide; those of pages are 64.
-        if part is not None and exceeds_int32(part.shape[1] * part.strides[1]):
-            rule = f"have at most {INT32_MAX} elements from a page's first token to its last"
-            step = f"{part.shape[1]} tokens {part.strides[1]} apart"
-            fail(ValueError, part_name, rule, step)
 
 
 def _check_lengths(kv_lens: Layout, cu_seqlens_q: Layout | None) -> int:

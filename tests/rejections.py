@@ -305,10 +305,6 @@ DECODE_SHAPES = [
         decode(pair=True, value_dim=LATENT + ROPE, out=None), ValueError,
         "cache must be one tensor where value_dim 160 has the rope part inside, got a LatentCache "
         "of two"),
-    Rejection("a page beyond 32 bits",
-        decode(device="meta", cache=empty(1, 2 ** 24, LATENT + ROPE)), ValueError,
-        "cache must have at most 2147483647 elements from a page's first token to its last, got "
-        "16777216 tokens 160 apart"),
     Rejection("kv_lens of two dimensions", decode(kv_lens=lambda n: n[:, None]), ValueError,
         "kv_lens must be contiguous [batch], got shape (2, 1) and strides (1, 1)"),
     Rejection("kv_lens with gaps", decode(kv_lens=spaced), ValueError,

@@ -266,6 +266,14 @@ def test_a_plan_made_without_a_bound_serves_a_bounded_call():
     check(replace(inputs, max_kv_len=130), plan=plan)
 
 
+def test_a_plans_own_bound_cuts_lengths_exactly():
+    """Also between two tiles of the schedule."""
+    inputs = decode_inputs(kv_lens=[300, 200], heads=4, latent=128, rope=32)
+    plan = mla_triton.plan(inputs.kv_lens, heads=4, latent=128, rope=32, max_kv_len=101)
+    state = run(inputs, plan=plan)
+    testing.assert_within_budget(state, replace(inputs, max_kv_len=101))
+
+
 def test_lse_merges_halves_into_the_whole():
     inputs = decode_inputs(kv_lens=[256], heads=4, latent=128, rope=32, dtype=torch.float32)
     whole = run(inputs)

@@ -220,20 +220,15 @@ def _decode(
     if chosen.name == "reference":
         if planned is not None:
             check_plan(planned, plan_key(problem, None), chosen.name)
-        state = reference.decode(
-            q_nope,
-            q_rope,
-            ckv if kpe is None else LatentCache(ckv, kpe),
-            pages if indptr is None else CSRPageTable(indptr, pages),
-            kv_lens,
-            softmax_scale=softmax_scale,
-            causal=causal,
-            cu_seqlens_q=cu_seqlens_q,
-            value_dim=value_dim,
-            max_kv_len=max_kv_len,
-        )
-        out.copy_(state.out)
-        lse.copy_(state.lse)
+        cache = ckv if kpe is None else LatentCache(ckv, kpe)
+        table = pages if indptr is None else CSRPageTable(indptr, pages)
+        exact = reference.decode(
+            q_nope, q_rope, cache, table, kv_lens,
+            softmax_scale=softmax_scale, causal=causal, cu_seqlens_q=cu_seqlens_q,
+            value_dim=value_dim, max_kv_len=max_kv_len,
+        )  # fmt: skip
+        out.copy_(exact.out)
+        lse.copy_(exact.lse)
         return
     parts = None if planned is None else planned_parts(planned)
     ready = prepare(chosen.module, problem, device, q_nope.device.index, parts)
@@ -247,10 +242,7 @@ def _decode(
     assert partial_out is not None
     assert partial_lse is not None
     if verify:
-        # Made over a copy: what a schedule leaves unwritten stays equal.
-        fresh = schedule.clone()
-        make_schedule(kv_lens, cu_seqlens_q, fresh, planned)
-        debug.check_schedule(schedule, fresh)
+        debug.check_schedule(schedule, make_schedule, kv_lens, cu_seqlens_q, planned)
     tensors = DecodeTensors(
         q_nope, q_rope, ckv, kpe, pages, indptr, kv_lens, cu_seqlens_q, schedule, planned[0],
         partial_out, partial_lse, out, lse, softmax_scale,

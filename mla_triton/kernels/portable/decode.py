@@ -362,7 +362,7 @@ def arguments(problem: DecodeProblem, geometry: Geometry, tensors: DecodeTensors
         problem.s_q or 0,
         problem.queries,
         problem.heads,
-        problem.max_kv_len,
+        min(problem.max_kv_len, t.planned_kv_len),
         t.planned_kv_len,
         problem.num_pages,
         geometry.parts,
