@@ -88,7 +88,7 @@ def decode_key(row: Compiled) -> tuple[str, str, str, int, str]:
         str(problem.dtype).removeprefix("torch."),
         row.config,
         row.row_tile,
-        "" if problem.aligned else "misaligned",
+        "tf32 allowed" if problem.allow_tf32 else "" if problem.aligned else "misaligned",
     )
 
 
