@@ -158,7 +158,7 @@ def same_as_plain(**changes: Any) -> None:
         {"ragged": True, "causal": True},
         {"impl": "portable"} if devices.interpreting() else {"impl": None},
     ],
-    ids=str,
+    ids=lambda changes: " ".join(changes),
 )
 def test_accepted_options(changes):
     same_as_plain(**changes)
