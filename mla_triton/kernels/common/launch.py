@@ -68,7 +68,12 @@ class Variant:
             {(names.index(name),): value for name, value in constants.items()},
             {(names.index(name),): [["tt.divisibility", ALIGNMENT]] for name in self.aligned},
         )
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        # Said, because Triton 3.10 turns its default round.
+        options = {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
         if self.programmatic:
             options["launch_pdl"] = True
         return triton.compile(source, target=target_of(device), options=options)
