@@ -58,11 +58,12 @@ def test_matrix_instructions_are_those_of_the_card(compiled):
             continue
         device = devices.from_label(row.case.label)
         families = row.resources.instructions
-        if row.case.problem.dtype == torch.float32 and not row.case.problem.allow_tf32:
-            expected = {"mfma"} if device.backend == "hip" else {"fma"}
-        elif device.backend == "hip":
+        single = row.case.problem.dtype == torch.float32
+        if device.backend == "hip":
             expected = {"mfma"}
-        elif row.row_tile < 64 or row.case.problem.dtype == torch.float32:
+        elif single and decode_config.precision(row.case.problem, device) == "ieee":
+            expected = {"fma"}
+        elif single or row.row_tile < 64:
             expected = {"mma.sync"}
         elif device.has_tcgen05:
             expected = {"tcgen05"}
