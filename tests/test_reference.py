@@ -289,7 +289,7 @@ def choose_by_backend(precision: str) -> None:
     torch.backends.mkldnn.matmul.fp32_precision = "bf16" if coarse else "ieee"
 
 
-# torch has a choice for each backend since 2.9; before, one for all.
+# Newer versions of torch have a choice for each backend; 2.6 has one for all.
 PER_BACKEND = hasattr(torch.backends.mkldnn, "matmul")
 
 
