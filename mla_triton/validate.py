@@ -22,6 +22,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INT32_MAX = 2**31 - 1
 MAX_SCALE = torch.finfo(torch.float32).max / math.log2(math.e)
 """The kernels take exponentials to base 2, so the factor of logits is multiplied by log2(e)."""
+MAX_PARTS = 65535
+"""Parts are the second dimension of a launch, which CUDA bounds there."""
 ALIGNMENT = 16
 """What an address is a multiple of, in bytes, and a stride, in elements, where both are aligned."""
 LAST_DIMENSION = "have a contiguous last dimension (stride 1)"
@@ -493,6 +495,8 @@ def plan(
             ("parts", parts, 1),
         )
     )
+    if parts is not None and parts > MAX_PARTS:
+        fail(ValueError, "parts", f"be at most {MAX_PARTS}", parts)
     if (queries is None) != (cu_seqlens_q is None):
         fail(ValueError, "queries", "be given if, and only if, cu_seqlens_q is", queries)
     if cu_seqlens_q is not None and s_q != 1:

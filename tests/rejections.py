@@ -434,6 +434,8 @@ PLAN = [
             ("value_dim", 1, 0), ("max_kv_len", 0, -1), ("parts", 1, 0),
         )
     ),
+    Rejection("plan: more parts than a launch takes", plan(parts=65536), ValueError,
+        "parts must be at most 65535, got 65536"),
     *(
         Rejection(f"plan: {name} is no integer", plan(**{name: value}), TypeError,
             f"{name} must be an integer, got {type(value).__name__}")
