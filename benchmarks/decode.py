@@ -177,6 +177,7 @@ def run(
         "header": results_file.header(command),
         "ceilings": protocol.ceilings(device),
         "host_us": None,
+        "host_add_us": protocol.host_microseconds(protocol.smallest_call(device)),
         "cells": [],
     }
     for cell in chosen:

@@ -14,6 +14,7 @@ from cells import LATENT, PAGE_SIZE, ROPE, SOFTMAX_SCALE, Cell
 
 from mla_triton import timing
 from mla_triton.kernels.common.launch import Launcher
+from mla_triton.ops import decode
 
 COPY_BYTES = 4 << 30
 MATMUL_SIZE = 8192
@@ -78,7 +79,9 @@ def ceilings(device: torch.device) -> dict[str, float]:
 def _copy_gbps(device: torch.device) -> float:
     source = torch.randint(1 << 30, (COPY_BYTES // 4,), dtype=torch.int32, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / timing.microseconds([lambda: target.copy_(source)]) / 1e3
+    # A kernel: a plain copy inside a graph goes through the copy engine, which is slower.
+    calls = [lambda: torch.bitwise_not(source, out=target)]
+    return 2 * source.nbytes / timing.microseconds(calls) / 1e3
 
 
 def _matmul_tflops(device: torch.device) -> float:
@@ -98,6 +101,8 @@ def launches(call: Callable[[], object]) -> dict[str, Callable[[], None]]:
         found[launcher.variant.function.__name__] = lambda: launch(launcher, grid, arguments)
         launch(launcher, grid, arguments)
 
+    # A call that is recalled would not come by its launchers.
+    decode.RECALLED.clear()
     with patch.object(Launcher, "__call__", record):
         call()
     return found
@@ -110,6 +115,12 @@ def kernel_microseconds(call: Callable[[], object], name: str) -> float:
     """
     found = launches(call)
     return timing.microseconds([found[name]] * KERNEL_CALLS) if name in found else 0.0
+
+
+def smallest_call(device: torch.device) -> Callable[[], object]:
+    """One kernel through PyTorch's own dispatcher: what host times can be measured against."""
+    number = torch.zeros(1, device=device)
+    return lambda: number.add_(1)
 
 
 def host_microseconds(call: Callable[[], object], calls: int = 400, group: int = 40) -> float:

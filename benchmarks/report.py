@@ -65,7 +65,8 @@ def section(name: str, results: dict[str, Any]) -> str:
         f"Ceilings: reading {ceilings['read_gbps']:.0f} GB/s; "
         f"copy {ceilings['copy_gbps']:.0f} GB/s (read + write); "
         f"8192^3 bf16 matmul {ceilings['matmul_tflops']:.0f} TFLOP/s. "
-        f"Host time of an eager call: {results['host_us']:.1f} us.\n",
+        f"Host time of an eager call, with plan and buffers given: {results['host_us']:.1f} us "
+        f"(`Tensor.add_` in the same run: {results['host_add_us']:.1f} us).\n",
         markdown(results_file.table(results, results_file.measured_peers(results))),
     ]
     if "H200" in head["gpu"]:

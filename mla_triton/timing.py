@@ -7,6 +7,7 @@ graph is replayed, each replay timed by events, and the median replay is divided
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -16,8 +17,8 @@ import triton.language as tl
 
 COLD_BYTES = 200_000_000
 """Bytes to go through before an input is used again: more than three times a Hopper's L2."""
-MIN_CALLS = 16
-"""Calls of a graph at least, so that its own start weighs little."""
+MIN_GRAPH_MICROSECONDS = 1000
+"""What a graph takes at least, so that its own start weighs little."""
 BURST_MICROSECONDS = 30_000
 """Replays go on for about so long: a longer load would make a card lower its clocks."""
 MIN_REPLAYS, MAX_REPLAYS = 5, 200
@@ -31,9 +32,11 @@ def cold_copies(bytes_per_call: int) -> int:
     return max(1, -(-COLD_BYTES // max(1, bytes_per_call)))
 
 
-def rotate(calls: Sequence[Callable[[], object]]) -> list[Callable[[], object]]:
-    """The calls, repeated in order until there are enough for one graph."""
-    return list(calls) * max(1, -(-MIN_CALLS // len(calls)))
+def rotate(
+    calls: Sequence[Callable[[], object]], microseconds_once: float
+) -> list[Callable[[], object]]:
+    """The calls, which take so long together, repeated in order until they fill one graph."""
+    return list(calls) * max(1, math.ceil(MIN_GRAPH_MICROSECONDS / max(microseconds_once, 1.0)))
 
 
 def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
@@ -75,8 +78,11 @@ def _replay_times(graph: torch.cuda.CUDAGraph, replays: int) -> list[float]:
 
 def microseconds(calls: Sequence[Callable[[], object]]) -> float:
     """Median time of one call; the calls must be enough to keep each other's inputs cold."""
-    many = rotate(calls)
-    return replay_microseconds(capture(many)) / len(many)
+    graph = capture(calls)
+    many = rotate(calls, *_replay_times(graph, 1))
+    if len(many) > len(calls):
+        graph = capture(many)
+    return replay_microseconds(graph) / len(many)
 
 
 @triton.jit

@@ -61,6 +61,7 @@ def recording(gpu: str = "NVIDIA H200", **changes: dict[str, Any]) -> dict[str, 
         },
         "ceilings": {"read_gbps": 4600.0, "copy_gbps": 4270.0, "matmul_tflops": 800.0},
         "host_us": 15.0,
+        "host_add_us": 5.0,
         "cells": [
             row(cell, **{"us": limits.get(cell.name, 200.0) / 2, **changes.get(cell.name, {})})
             for cell in cells.all_cells()

@@ -17,10 +17,12 @@ def test_rotation_outgrows_every_cache():
 
 def test_short_rotations_are_repeated_in_order():
     calls = [lambda: 0, lambda: 1, lambda: 2]
-    said = [call() for call in timing.rotate(calls)]
+    fill = timing.MIN_GRAPH_MICROSECONDS
+    said = [call() for call in timing.rotate(calls, fill / 5.5)]
     assert said == [0, 1, 2] * 6
-    many = [lambda: None] * 100
-    assert timing.rotate(many) == many
+    assert timing.rotate(calls, fill) == calls
+    assert timing.rotate(calls, 100 * fill) == calls
+    assert len(timing.rotate(calls, 0.0)) == 3 * fill
 
 
 def test_reading_reads_every_element(device):
