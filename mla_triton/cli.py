@@ -24,7 +24,7 @@ from mla_triton import device as devices
 from mla_triton import explain as explanation
 from mla_triton.configs import cache_directory
 from mla_triton.explain import device_facts, device_line
-from mla_triton.problem import DecodeProblem
+from mla_triton.problem import DecodeProblem, RowSteps
 from mla_triton.testing import MODELS, Model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -173,6 +173,7 @@ def _problem(arguments: argparse.Namespace) -> DecodeProblem:
         fused=True,
         ckv_stride_slot=latent + rope,
         kpe_stride_slot=0,
+        row_steps=RowSteps(latent + rope, latent + rope if rope else 0, value_dim, 1),
         max_kv_len=max(1, arguments.kv_len),
     )
 

@@ -10,8 +10,21 @@ cache keyed on a problem is not missed because a table grew.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
+
+
+class RowSteps(NamedTuple):
+    """Elements from one (query token, head) row of a tensor to the next, 0 where it varies."""
+
+    q_nope: int = 0
+    q_rope: int = 0
+    out: int = 0
+    lse: int = 0
+
+
+UNEVEN = RowSteps()
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,7 @@ class DecodeProblem:
     aligned: bool = True
     """Whether every address the kernels compute is a multiple of 16 bytes."""
     allow_tf32: bool = False
+    row_steps: RowSteps = UNEVEN
     max_kv_len: int = field(default=2**31 - 1, compare=False)
     num_pages: int = field(default=2**31 - 1, compare=False)
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from mla_triton.cache import CSRPageTable, LatentCache
-from mla_triton.problem import DecodeProblem
+from mla_triton.problem import DecodeProblem, RowSteps
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INT32_MAX = 2**31 - 1
@@ -26,6 +26,8 @@ MAX_PARTS = 65535
 """Parts are the second dimension of a launch, which CUDA bounds there."""
 ALIGNMENT = 16
 """What an address is a multiple of, in bytes, and a stride, in elements, where both are aligned."""
+MAX_ROW_STEP = 2**24
+"""Rows of a tile, at most 128, are that far apart within int32."""
 LAST_DIMENSION = "have a contiguous last dimension (stride 1)"
 
 
@@ -300,6 +302,12 @@ def decode_problem(call: DecodeCall) -> DecodeProblem:
         kpe_stride_slot=0 if kpe is None else kpe.strides[1],
         aligned=call.aligned and all(_rows_aligned(t) for t in values.values() if t is not None),
         allow_tf32=call.allow_tf32 and q_nope.dtype == torch.float32,
+        row_steps=RowSteps(
+            q_nope=_row_step(q_nope, 1, lead[-1], heads),
+            q_rope=_row_step(q_rope, 1, lead[-1], heads),
+            out=_row_step(out, 1, lead[-1], heads),
+            lse=_row_step(lse, 0, lead[-1], heads),
+        ),
         max_kv_len=INT32_MAX if exceeds_int32(capacity) else capacity,
         num_pages=INT32_MAX if exceeds_int32(num_pages) else num_pages,
     )
@@ -447,6 +455,23 @@ def _rows_aligned(tensor: Layout) -> bool:
     """Whether every row begins at a multiple of 16 elements from the first, and provably so."""
     rows = zip(tensor.shape[:-1], tensor.strides[:-1], strict=True)
     return all(stride % ALIGNMENT == 0 for size, stride in rows if size > 1)
+
+
+def _row_step(tensor: Layout | None, columns: int, tokens: int, heads: int) -> int:
+    """Elements from one (query token, head) row to the next; 0 where it varies or is unknown.
+
+    `columns` is the number of dimensions behind the heads.
+    """
+    if tensor is None:
+        return 0
+    token_step, head_step = tensor.strides[len(tensor.strides) - columns - 2 :][:2]
+    if any(isinstance(size, torch.SymInt) for size in (tokens, heads, token_step, head_step)):
+        return 0
+    if heads == 1:
+        step = ALIGNMENT if tokens == 1 else token_step
+    else:
+        step = head_step if tokens == 1 or token_step == heads * head_step else 0
+    return step if step < MAX_ROW_STEP else 0
 
 
 def shape(tensor: Layout) -> str:

@@ -107,7 +107,7 @@ def test_a_config_that_does_not_fit_is_refused_with_its_numbers():
     assert (valid, rule) == (False, "block_n must be a power of two from 16 on, got 24")
 
 
-def test_loop_finder_takes_the_innermost_matrix_loop():
+def test_loop_finder_takes_the_innermost_matrix_loops():
     text = """\
 .L_x_0:
 STL [R1], R2 ;
@@ -119,8 +119,13 @@ HMMA.16816 R4 ;
 .L_x_2:
 LDL R2, [R1] ;
 @P0 BRA `(.L_x_2) ;
+.L_x_3:
+HMMA.16816 R4 ;
+HMMA.16816 R8 ;
+@P0 BRA `(.L_x_3) ;
 """.splitlines()
-    loop = resources.innermost_matrix_loop(
+    loops = resources.innermost_matrix_loops(
         text, r"\s*(\.L_x_\d+):", r"BRA.*`\((\.L_x_\d+)\)", r"\bHMMA\b"
     )
-    assert loop == (2, 5)
+    assert loops == [text[2:5], text[10:13]]
+    assert resources._most_spilling(loops, "LDL", ";") == (1, 2), "the worst of them is told"

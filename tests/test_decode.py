@@ -12,7 +12,6 @@ from hypothesis import given, settings
 
 import mla_triton
 from mla_triton import testing
-from mla_triton.kernels.common import combine
 from mla_triton.kernels.common.paged import slot_offset
 from mla_triton.kernels.common.tiles import narrow
 from mla_triton.kernels.portable import decode as portable
@@ -121,17 +120,19 @@ def test_any_number_of_parts(parts):
     check(inputs, plan=plan)
 
 
-def test_more_splits_than_one_load_of_the_combine():
-    """The bucket of a large batch is 8 splits; one long request among short ones has more."""
-    kv_lens = [4] * 11 + [3000]
+@pytest.mark.parametrize(
+    ("keys", "parts", "splits"),
+    [(60, 48, 2), (200, 48, 7), (400, 48, 13), (1000, 48, 32), (2560, 60, 40), (28_800, 200, 150)],
+)
+def test_a_group_of_any_number_of_pieces(keys, parts, splits):
+    """The more pieces, the more of them the merge takes in one load, up to a limit."""
+    kv_lens = [4] * 3 + [keys]
     inputs = decode_inputs(kv_lens=kv_lens, heads=2, latent=128, rope=32, dtype=torch.float32)
     plan = mla_triton.plan(
-        inputs.kv_lens, heads=2, latent=128, rope=32, dtype=torch.float32, parts=48
+        inputs.kv_lens, heads=2, latent=128, rope=32, dtype=torch.float32, parts=parts
     )
-    problem = replace(plan.problem, batch=12)
-    assert combine.heuristic(problem, plan.geometry).splits == 8
-    groups = plan.schedule[2 + 2 * 49 :].view(-1, 4)
-    assert groups[11, 2] > 16
+    groups = plan.schedule[2 + 2 * (parts + 1) :].view(-1, 4)
+    assert groups[3, 2] == splits
     check(inputs, plan=plan)
 
 

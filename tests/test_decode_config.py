@@ -89,12 +89,30 @@ def test_parts_can_be_asked_for():
     assert decode_config.geometry(compilation.problem(), card, parts=7).parts == 7
 
 
-def test_a_lone_request_takes_one_program_an_sm():
-    card = devices.from_label("9.0")
+def programs(problem, label) -> float:
+    """Programs an SM that a plan counts on."""
+    card = devices.from_label(label)
+    shape = decode_config.geometry(problem, card)
+    return shape.parts * shape.lanes / card.sm_count
+
+
+def test_programs_share_an_sm_where_they_fit_and_have_work():
     many = compilation.problem()
-    assert decode_config.geometry(many, card).parts == 2 * card.sm_count
     lone = replace(many, batch=1, queries=1)
-    assert decode_config.geometry(lone, card).parts == card.sm_count
+    assert programs(many, "8.0") == 2
+    assert programs(lone, "8.0") == 1, "a second program would only lengthen the merge"
+    assert programs(many, "9.0") == 1, "two tiles in flight take the room of two programs"
+    assert programs(replace(many, heads=32, batch=128), "9.0") == 2
+    assert programs(replace(many, heads=32), "9.0") == 1, "as many merges as programs"
+
+
+def test_a_few_requests_are_read_by_several_short_programs():
+    card = devices.from_label("9.0")
+    for batch, heads, rows in ((1, 128, 16), (2, 64, 16), (2, 128, 64), (3, 64, 64), (1, 40, 16)):
+        problem = replace(compilation.problem(heads=heads), batch=batch, queries=batch)
+        assert decode_config.geometry(problem, card).row_tile == rows, (batch, heads)
+        if rows == 16:
+            assert programs(problem, "9.0") > 1.9
 
 
 def test_tf32_is_used_only_where_it_is_allowed_there_and_fits():

@@ -24,6 +24,8 @@ from mla_triton.plan import (
     schedule,
 )
 
+CARD = devices.INTERPRETER
+
 lengths = st.one_of(st.integers(-3, 300), st.integers(0, 200_000))
 requests = st.lists(st.tuples(lengths, st.integers(0, 5)), min_size=1, max_size=40)
 
@@ -167,7 +169,7 @@ def run_device_schedule(
     cu_seqlens_q = torch.tensor(bounds, dtype=torch.int32) if ragged else None
     result = torch.full((device_schedule.result_size(shape),), -7, dtype=torch.int32)
     device_schedule.launch(
-        Launcher(device_schedule.variant(batch, ragged, shape.kv_tile), devices.INTERPRETER, None),
+        Launcher(device_schedule.variant(batch, ragged, shape.kv_tile, CARD), CARD, None),
         shape,
         batch,
         0 if ragged else s_q,
@@ -220,7 +222,7 @@ def test_device_twin_stays_in_bounds_on_broken_cu_seqlens():
     size = device_schedule.result_size(shape)
     guarded = torch.full((size + 64,), -7, dtype=torch.int32)
     device_schedule.launch(
-        Launcher(device_schedule.variant(3, True, 32), devices.INTERPRETER, None),
+        Launcher(device_schedule.variant(3, True, 32, CARD), CARD, None),
         shape,
         3,
         0,

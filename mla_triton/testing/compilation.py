@@ -14,7 +14,7 @@ from multiprocessing import get_context
 import torch
 
 from mla_triton import device as devices
-from mla_triton.problem import DecodeProblem
+from mla_triton.problem import DecodeProblem, RowSteps
 from mla_triton.testing import resources
 from mla_triton.testing.resources import Resources
 
@@ -74,6 +74,7 @@ def problem(
         fused=True,
         ckv_stride_slot=latent + rope,
         kpe_stride_slot=0,
+        row_steps=RowSteps(latent + rope, latent + rope if rope else 0, value_dim, 1),
     )
 
 
@@ -96,10 +97,12 @@ def cases() -> Iterator[Case]:
         yield Case(label, "decode", replace(plain, csr=True))
         yield Case(label, "decode", pair)
         yield Case(label, "decode", replace(plain, aligned=False))
+        yield Case(label, "decode", replace(plain, heads=128, row_steps=RowSteps()))
         yield Case(label, "decode", replace(plain, dtype=torch.float32, allow_tf32=True))
         for dtype in DTYPES:
-            for batch in (1, 16, 128):
-                yield Case(label, "combine", replace(plain, dtype=dtype, batch=batch))
+            yield Case(label, "combine", replace(plain, dtype=dtype))
+        for dimensions in DIMENSIONS[2::2]:
+            yield Case(label, "combine", problem(dimensions=dimensions))
         yield Case(label, "combine", ragged)
         for batch in (64, 1000):
             yield Case(label, "schedule", replace(plain, batch=batch))
@@ -132,13 +135,12 @@ def _compile(case: Case) -> Compiled:
         estimate = decode_config.shared_memory(config, seen, device, geometry.row_tile)
         compiled = decode.compile(case.problem, config, geometry, device)
     elif case.kernel == "combine":
-        merge = combine.heuristic(case.problem, geometry)
-        text = str(merge)
-        compiled = combine.compile(case.problem, merge, geometry, device)
+        text = "any number of pieces"
+        compiled = combine.compile(case.problem, device)
     else:
         text = f"block of {schedule.block_of(case.problem.batch)} requests"
-        variant = schedule.variant(case.problem.batch, case.problem.ragged, geometry.kv_tile)
-        compiled = variant.compile(device)
+        batch, ragged = case.problem.batch, case.problem.ragged
+        compiled = schedule.variant(batch, ragged, geometry.kv_tile, device).compile(device)
     return Compiled(
         case,
         geometry.row_tile,

@@ -21,7 +21,8 @@ class Resources:
     spilled: int
     """Bytes of stack a thread: what registers could not hold, anywhere in the kernel."""
     loop_spills: int
-    """Stack accesses inside the innermost loop that multiplies matrices: paid at every step."""
+    """Stack accesses inside an innermost loop that multiplies matrices, paid at every step: of all
+    such loops, that where they are most frequent."""
     loop_instructions: int
     """Instructions of that loop."""
     instructions: frozenset[str]
@@ -35,27 +36,36 @@ def read(compiled: Any) -> Resources:
     return _amd(compiled)
 
 
-def innermost_matrix_loop(
+def innermost_matrix_loops(
     lines: list[str], label: str, branch: str, matrix: str
-) -> tuple[int, int] | None:
-    """(first, last) line of the shortest loop that holds a matrix instruction.
+) -> list[list[str]]:
+    """The lines of every loop that holds a matrix instruction and no other such loop.
 
     A loop is a backward branch: `label` and `branch` are regular expressions whose first group is
     the label's name.
     """
     labels: dict[str, int] = {}
-    loops = []
+    loops: list[tuple[int, int]] = []
     for number, line in enumerate(lines):
         if found := re.match(label, line):
             labels[found.group(1)] = number
         elif (found := re.search(branch, line)) and found.group(1) in labels:
-            loops.append((labels[found.group(1)], number))
-    loops = [loop for loop in loops if any(re.search(matrix, line) for line in lines[slice(*loop)])]
-    return min(loops, key=lambda loop: loop[1] - loop[0], default=None)
+            first = labels[found.group(1)]
+            holds_matrix = any(re.search(matrix, inside) for inside in lines[first:number])
+            # A loop ends before those around it do.
+            if holds_matrix and not any(first <= start for start, _ in loops):
+                loops.append((first, number))
+    return [lines[first:last] for first, last in loops]
 
 
-def _count(lines: list[str], span: tuple[int, int] | None, pattern: str) -> int:
-    return sum(bool(re.search(pattern, line)) for line in lines[slice(*(span or (0, 0)))])
+def _count(lines: list[str], pattern: str) -> int:
+    return sum(bool(re.search(pattern, line)) for line in lines)
+
+
+def _most_spilling(loops: list[list[str]], access: str, instruction: str) -> tuple[int, int]:
+    """(stack accesses, instructions) of the loop with the largest share of the former."""
+    counts = [(_count(loop, access), _count(loop, instruction)) for loop in loops]
+    return max(counts, key=lambda count: (count[0] / max(1, count[1]), count[1]), default=(0, 0))
 
 
 def _nvidia(compiled: Any) -> Resources:
@@ -73,7 +83,8 @@ def _nvidia(compiled: Any) -> Resources:
     usage = dict(re.findall(r"(REG|STACK):(\d+)", disassemble("cuobjdump", "-res-usage")))
     lines = disassemble("nvdisasm", "-c").splitlines()
     matrix = r"\b(HMMA|HGMMA|UTC\w*MMA|FFMA)\b"
-    loop = innermost_matrix_loop(lines, r"\s*(\.L_x_\d+):", r"BRA.*`\((\.L_x_\d+)\)", matrix)
+    loops = innermost_matrix_loops(lines, r"\s*(\.L_x_\d+):", r"BRA.*`\((\.L_x_\d+)\)", matrix)
+    spills, instructions = _most_spilling(loops, r"\b(STL|LDL)\b", r";\s*$|;\s*/\*")
     ptx = compiled.asm["ptx"]
     families = {"mma.sync": "mma.sync", "wgmma.mma": "wgmma", "tcgen05.mma": "tcgen05"}
     found = frozenset(name for text, name in families.items() if text in ptx)
@@ -81,8 +92,8 @@ def _nvidia(compiled: Any) -> Resources:
         shared_memory=compiled.metadata.shared,
         registers=int(usage["REG"]),
         spilled=int(usage["STACK"]),
-        loop_spills=_count(lines, loop, r"\b(STL|LDL)\b"),
-        loop_instructions=_count(lines, loop, r";\s*$|;\s*/\*"),
+        loop_spills=spills,
+        loop_instructions=instructions,
         instructions=found or frozenset({"fma"}),
     )
 
@@ -98,14 +109,17 @@ def _amd(compiled: Any) -> Resources:
 
     lines = text.splitlines()
     matrix = r"\bv_(mfma|fma|pk_fma|fmac)_"
-    loop = innermost_matrix_loop(
+    loops = innermost_matrix_loops(
         lines, r"(\.LBB\d+_\d+):", r"s_c?branch\w*\s+(\.LBB\d+_\d+)", matrix
+    )
+    spills, instructions = _most_spilling(
+        loops, r"\bscratch_(load|store)", r"^\s+(s|v|ds|buffer|global|flat|scratch)_"
     )
     return Resources(
         shared_memory=compiled.metadata.shared,
         registers=field("vgpr_count"),
         spilled=field("private_segment_fixed_size"),
-        loop_spills=_count(lines, loop, r"\bscratch_(load|store)"),
-        loop_instructions=_count(lines, loop, r"^\s+(s|v|ds|buffer|global|flat|scratch)_"),
+        loop_spills=spills,
+        loop_instructions=instructions,
         instructions=frozenset({"mfma"} if "v_mfma" in text else {"fma"}),
     )

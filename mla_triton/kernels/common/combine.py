@@ -1,9 +1,12 @@
 """Merges the partial results of split groups by their log-sum-exp.
 
 What: for every row of a group that fell into several parts, out = sum of exp(lse_i - lse) out_i.
-Where: every GPU. Work: program (rows, columns) takes `ROWS` rows of one group and `COLUMNS` of its
-columns, with `SPLITS` partials in one load; a group in one piece was written by `decode` and costs
-one load here. Budget: ROWS x SPLITS x COLUMNS float32 registers over the program's threads.
+Where: every GPU. Work: a part holds pieces of at most two split groups, the one it continues and
+the one it begins, and merges a share of each: one of as many shares of its rows as the group has
+pieces, so that the work is even however skewed the lengths are. A part without such a piece costs
+one load. A unit of a share is some columns of a row, with several pieces in one load; how many of
+each follows from the number of pieces, found on the device. Budget: `ELEMENTS` float32 registers
+over the program's threads.
 """
 
 from __future__ import annotations
@@ -13,22 +16,27 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mla_triton.device import Device
-from mla_triton.kernels.common.launch import TYPE_NAMES, Launcher, Variant, emulates_bf16
-from mla_triton.kernels.common.paged import request_queries
+from mla_triton.kernels.common.launch import TYPE_NAMES, Launch, Variant, emulates_bf16
+from mla_triton.kernels.common.rows import request_queries, row_pointers
 from mla_triton.kernels.common.schedule import CUT, GROUP, HEADER
 from mla_triton.kernels.common.tensors import DecodeTensors, strides
 from mla_triton.kernels.common.tiles import LN_2, LOWEST, finish_softmax, narrow
-from mla_triton.plan import Geometry, cdiv
+from mla_triton.plan import Geometry
 from mla_triton.problem import DecodeProblem
 
-ELEMENTS = 8192
-"""Partial results of one load of a program: 64 registers a thread."""
+ELEMENTS = tl.constexpr(2048)
+"""Partial results of one load of a program: 16 registers a thread."""
 NUM_WARPS = 4
-SPLIT_BUCKETS = (8, 32, 128)
-"""Splits of one load. A group with more takes another turn, so the bucket changes speed alone."""
+MAX_REGISTERS = 64
+PROGRAMS_PER_SM = 8
+"""As many as those registers allow: what hides the latency of a unit is other units."""
+LEVELS = tl.constexpr(6)
+"""A unit takes 2, 4, 16, 32, 64 or 128 pieces in one load; the more, the fewer columns. Up to 4 are
+added up within a thread, so 8 pieces are taken in two turns of 4. More than 128 take several turns,
+too."""
 
 ARGUMENTS = (
     ("schedule", "*i32"),
@@ -49,103 +57,153 @@ ARGUMENTS = (
     ("heads", "i32"),
     ("parts", "i32"),
     ("group_rows", "i32"),
-    ("row_blocks", "i32"),
 )
 ALIGNED = frozenset({"partial_out", "out", "out_stride_b", "out_stride_s", "out_stride_h"})
 
 
 @dataclass(frozen=True)
 class Config:
-    """The shape of one load: all three are powers of two."""
+    """How many programs share a part's merging."""
 
-    rows: int
-    splits: int
-    columns: int
+    programs: int
+
+
+@triton.jit
+def merge_row(
+    partial_out, partial_lse, first_part, splits, parts, group_rows, tile_row, columns,
+    VALUE: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """(out `[1, COLUMNS]`, lse in base 2 `[1]`) of some columns of row `tile_row` of a group."""
+    running_max = tl.full([1], LOWEST, tl.float32)
+    running_sum = tl.zeros([1], tl.float32)
+    accumulator = tl.zeros([1, COLUMNS], tl.float32)
+    for start in range(0, splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)
+        part = first_part + split
+        inside = (split < splits) & (part >= 0) & (part < parts)
+        # The first piece of a group ends its part (second slot); later pieces begin theirs.
+        slot = 2 * part + (split == 0).to(tl.int32)
+        partial = slot.to(tl.int64) * group_rows + tile_row
+        piece_lse = tl.load(partial_lse + partial, mask=inside, other=float("-inf"))
+        piece_out = tl.load(
+            partial_out + partial[:, None] * VALUE + columns[None, :],
+            mask=inside[:, None],
+            other=0.0,
+        )
+        new_max = tl.maximum(running_max, tl.max(piece_lse, 0, keep_dims=True))
+        rescale = tl.exp2(running_max - new_max)
+        weights = tl.exp2(piece_lse - new_max)
+        running_sum = running_sum * rescale + tl.sum(weights, 0, keep_dims=True)
+        merged = tl.sum(weights[:, None] * piece_out, 0, keep_dims=True)
+        accumulator = accumulator * rescale[:, None] + merged
+        running_max = new_max
+    return finish_softmax(accumulator, running_max, running_sum)
+
+
+@triton.jit
+def merge_share(
+    cu_seqlens_q, partial_out, partial_lse, out, lse,
+    out_stride_b, out_stride_s, out_stride_h, lse_stride_b, lse_stride_s, lse_stride_h,
+    request, index, splits, first_part, share, shares, s_q, queries, heads, parts, group_rows,
+    VALUE: tl.constexpr, RAGGED: tl.constexpr, OUT_STEP: tl.constexpr, LSE_STEP: tl.constexpr,
+    EMULATE_BF16: tl.constexpr, LEVEL: tl.constexpr,
+):  # fmt: skip
+    """Merges every `shares`-th unit of a group, from unit `share` on: some columns of a row."""
+    SPLITS: tl.constexpr = 2 ** (LEVEL + 1 + (LEVEL > 1))
+    COLUMNS: tl.constexpr = VALUE if VALUE * SPLITS < ELEMENTS else ELEMENTS // SPLITS
+    UNITS: tl.constexpr = VALUE // COLUMNS
+    first_token, request_s_q = request_queries(cu_seqlens_q, request, s_q, queries, RAGGED)
+    first_row = index * group_rows
+    rows = tl.minimum(tl.maximum(request_s_q * heads - first_row, 0), group_rows)
+    for unit in range(share, rows * UNITS, shares):
+        tile_row = unit // UNITS
+        first_column = (unit - tile_row * UNITS) * COLUMNS
+        columns = first_column + tl.arange(0, COLUMNS)
+        merged, merged_lse = merge_row(
+            partial_out, partial_lse, first_part, splits, parts, group_rows, tile_row, columns,
+            VALUE, SPLITS, COLUMNS,
+        )  # fmt: skip
+        tile_rows = tile_row + tl.arange(0, 1)
+        out_rows = row_pointers(
+            out, request, first_token, first_row, tile_rows, heads,
+            out_stride_b, out_stride_s, out_stride_h, OUT_STEP,
+        )  # fmt: skip
+        result = narrow(merged, out.dtype.element_ty, EMULATE_BF16)
+        tl.store(out_rows[:, None] + columns[None, :], result)
+        if first_column == 0:
+            lse_rows = row_pointers(
+                lse, request, first_token, first_row, tile_rows, heads,
+                lse_stride_b, lse_stride_s, lse_stride_h, LSE_STEP,
+            )  # fmt: skip
+            tl.store(lse_rows, merged_lse * LN_2)
+
+
+@triton.jit
+def group_row(schedule, parts, group, is_wanted):
+    """(request, index, splits, first part) of a group in the schedule; zeros of one unwanted."""
+    row = schedule + HEADER + CUT * (parts + 1) + GROUP * group
+    request = tl.load(row, mask=is_wanted, other=0)
+    index = tl.load(row + 1, mask=is_wanted, other=0)
+    splits = tl.load(row + 2, mask=is_wanted, other=0)
+    return request, index, splits, tl.load(row + 3, mask=is_wanted, other=0)
 
 
 @triton.jit
 def combine_kernel(
     schedule, cu_seqlens_q, partial_out, partial_lse, out, lse,
     out_stride_b, out_stride_s, out_stride_h, lse_stride_b, lse_stride_s, lse_stride_h,
-    batch, s_q, queries, heads, parts, group_rows, row_blocks,
-    VALUE: tl.constexpr, RAGGED: tl.constexpr,
-    ROWS: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
+    batch, s_q, queries, heads, parts, group_rows,
+    VALUE: tl.constexpr, RAGGED: tl.constexpr, OUT_STEP: tl.constexpr, LSE_STEP: tl.constexpr,
     EMULATE_BF16: tl.constexpr, PROGRAMMATIC: tl.constexpr,
 ):  # fmt: skip
-    group = tl.program_id(0) // row_blocks
-    block_row = tl.program_id(0) % row_blocks * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    entry = schedule + HEADER + CUT * (parts + 1) + GROUP * group
-    request = tl.load(entry)
-    index = tl.load(entry + 1)
-    splits = tl.load(entry + 2)
-    first_part = tl.load(entry + 3)
-    if RAGGED:
-        # Rows of the table past the groups there are were never written.
-        splits = tl.where(group < tl.load(schedule), splits, 0)
-    # The schedule was there before decode began; the partial results are there after this. Every
-    # program waits, also one with nothing to merge: this kernel's end stands for decode's.
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    part = tl.program_id(1)
+    cuts = schedule + HEADER + CUT * part
+    first_group = tl.load(cuts)
+    first_tile = tl.load(cuts + 1)
+    last_group = tl.load(cuts + 2)
+    last_tile = tl.load(cuts + 3)
+    is_continued = first_tile > 0
+    is_begun = (last_tile > 0) & ((last_group > first_group) | (first_tile == 0))
+    continued = group_row(schedule, parts, first_group, is_continued)
+    begun = group_row(schedule, parts, last_group, is_begun)
+    # The schedule was there before decode let this kernel begin; the partial results are there
+    # after the wait. Every program waits, also one without work: its end stands for decode's.
     if PROGRAMMATIC:
+        gdc_launch_dependents()
         gdc_wait()
-    if splits > 1:
-        request = tl.minimum(tl.maximum(request, 0), batch - 1)
-        row = index * group_rows + block_row
-        first_query, request_s_q = request_queries(cu_seqlens_q, request, s_q, queries, RAGGED)
-        query = row // heads
-        head = row % heads
-        row_inside = (block_row < group_rows) & (row >= 0) & (query < request_s_q)
-
-        running_max = tl.full([ROWS], LOWEST, tl.float32)
-        running_sum = tl.zeros([ROWS], tl.float32)
-        accumulator = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for start in range(0, splits, SPLITS):
-            split = start + tl.arange(0, SPLITS)
-            part = first_part + split
-            inside = (split < splits) & (part >= 0) & (part < parts)
-            # The first piece of a group ends its part (second slot); later pieces begin theirs.
-            slot = 2 * part + (split == 0).to(tl.int32)
-            partial = slot.to(tl.int64)[None, :] * group_rows + block_row[:, None]
-            mask = row_inside[:, None] & inside[None, :]
-            partial_scale = tl.load(partial_lse + partial, mask=mask, other=float("-inf"))
-            new_max = tl.maximum(running_max, tl.max(partial_scale, 1))
-            rescale = tl.exp2(running_max - new_max)
-            weights = tl.exp2(partial_scale - new_max[:, None])
-            values = tl.load(
-                partial_out + partial[:, :, None] * VALUE + columns[None, None, :],
-                mask=mask[:, :, None],
-                other=0.0,
-            )
-            running_sum = running_sum * rescale + tl.sum(weights, 1)
-            accumulator = accumulator * rescale[:, None] + tl.sum(weights[:, :, None] * values, 1)
-            running_max = new_max
-
-        merged, merged_lse = finish_softmax(accumulator, running_max, running_sum)
-        if RAGGED:
-            token = (first_query + query).to(tl.int64)
-            batch_index = tl.zeros([], tl.int64)
-        else:
-            token = query.to(tl.int64)
-            batch_index = request.to(tl.int64)
-        out_rows = batch_index * out_stride_b + token * out_stride_s + head * out_stride_h
-        tl.store(
-            out + out_rows[:, None] + columns[None, :],
-            narrow(merged, out.dtype.element_ty, EMULATE_BF16),
-            mask=row_inside[:, None],
-        )
-        if tl.program_id(1) == 0:
-            lse_rows = batch_index * lse_stride_b + token * lse_stride_s + head * lse_stride_h
-            tl.store(lse + lse_rows, merged_lse * LN_2, mask=row_inside)
+    for which in range(2):
+        splits = tl.where(which == 0, continued[2], begun[2])
+        if splits > 1:
+            request = tl.where(which == 0, continued[0], begun[0])
+            request = tl.minimum(tl.maximum(request, 0), batch - 1)
+            index = tl.where(which == 0, continued[1], begun[1])
+            first_part = tl.where(which == 0, continued[3], begun[3])
+            share = (part - first_part) * programs + program
+            shares = splits * programs
+            for level in tl.static_range(LEVELS):
+                is_above = splits > 2 ** (level + (level > 1))
+                is_within = (splits <= 2 ** (level + 1 + (level > 0))) | (level == LEVELS - 1)
+                if is_above & is_within:
+                    merge_share(
+                        cu_seqlens_q, partial_out, partial_lse, out, lse,
+                        out_stride_b, out_stride_s, out_stride_h,
+                        lse_stride_b, lse_stride_s, lse_stride_h,
+                        request, index, splits, first_part, share, shares, s_q, queries, heads,
+                        parts, group_rows, VALUE, RAGGED, OUT_STEP, LSE_STEP, EMULATE_BF16,
+                        level,
+                    )  # fmt: skip
 
 
-def heuristic(problem: DecodeProblem, geometry: Geometry) -> Config:
-    """As many splits as an even batch has; rows and columns take the room that is left."""
-    expected = cdiv(geometry.parts, max(1, problem.batch))
-    splits = next((n for n in SPLIT_BUCKETS if n >= expected), SPLIT_BUCKETS[-1])
-    columns = min(problem.value_dim, ELEMENTS // splits)
-    return Config(ELEMENTS // (splits * columns), splits, columns)
+def heuristic(problem: DecodeProblem, geometry: Geometry, device: Device) -> Config:
+    """Programs that run together, but no more than there are units in a part's share."""
+    rows = geometry.group_rows if problem.ragged else min(geometry.group_rows, problem.rows)
+    units = max(1, rows * problem.value_dim // ELEMENTS.value)
+    return Config(min(units, max(1, PROGRAMS_PER_SM * device.sm_count // geometry.parts)))
 
 
-def variant(problem: DecodeProblem, config: Config, device: Device) -> Variant:
+def variant(problem: DecodeProblem, device: Device) -> Variant:
     return Variant(
         combine_kernel,
         tuple(
@@ -155,34 +213,32 @@ def variant(problem: DecodeProblem, config: Config, device: Device) -> Variant:
         (
             ("VALUE", problem.value_dim),
             ("RAGGED", problem.ragged),
-            ("ROWS", config.rows),
-            ("SPLITS", config.splits),
-            ("COLUMNS", config.columns),
+            ("OUT_STEP", problem.row_steps.out),
+            ("LSE_STEP", problem.row_steps.lse),
             ("EMULATE_BF16", emulates_bf16(problem.dtype, device)),
             ("PROGRAMMATIC", device.has_programmatic_launch),
         ),
         ALIGNED if problem.aligned else frozenset({"partial_out"}),
         NUM_WARPS,
         programmatic=device.has_programmatic_launch,
+        max_registers=MAX_REGISTERS,
     )
 
 
-def compile(problem: DecodeProblem, config: Config, geometry: Geometry, device: Device) -> Any:
+def compile(problem: DecodeProblem, device: Device) -> Any:
     """Machine code for `device`; launches nothing and needs no GPU."""
-    return variant(problem, config, device).compile(device)
+    return variant(problem, device).compile(device)
 
 
 def launch(
-    launcher: Launcher,
+    launcher: Launch,
     problem: DecodeProblem,
     config: Config,
     geometry: Geometry,
     tensors: DecodeTensors,
 ) -> None:
-    rows = geometry.group_rows if problem.ragged else problem.rows
-    row_blocks = cdiv(rows, config.rows)
     launcher(
-        (geometry.max_groups * row_blocks, problem.value_dim // config.columns, 1),
+        (config.programs, geometry.parts, 1),
         [
             tensors.schedule,
             tensors.cu_seqlens_q,
@@ -198,6 +254,5 @@ def launch(
             problem.heads,
             geometry.parts,
             geometry.group_rows,
-            row_blocks,
         ],
     )

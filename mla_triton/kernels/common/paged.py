@@ -3,22 +3,11 @@
 Lengths, page ids and offsets are values of the engine's, on the device, that no host code has seen.
 A wrong one gives a wrong result but never an address outside the tensors: lengths are clamped to
 the table, table entries past a request's keys are not read, and page ids are clamped to the
-cache.
+cache where they become addresses.
 """
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def request_queries(cu_seqlens_q, request, s_q, queries, RAGGED: tl.constexpr):
-    """(first query token, number of query tokens) of a request."""
-    if RAGGED:
-        first = tl.minimum(tl.maximum(tl.load(cu_seqlens_q + request), 0), queries)
-        end = tl.minimum(tl.maximum(tl.load(cu_seqlens_q + request + 1), first), queries)
-        return first, end - first
-    else:
-        return request * s_q, s_q
 
 
 @triton.jit
@@ -55,10 +44,12 @@ def slot_offset(slot, STRIDE: tl.constexpr, PAGE_SIZE: tl.constexpr):
 
 @triton.jit
 def key_rows(
-    base, page, block, block_keys, stride_page,
+    base, page, block, block_keys, stride_page, num_pages,
     STRIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, ONE_PAGE: tl.constexpr,
 ):  # fmt: skip
     """Pointers to keys `block + block_keys`: all in one page, or each in a page of its own."""
+    # A negative id is a large unsigned one.
+    page = tl.minimum(page.to(tl.uint32), (num_pages - 1).to(tl.uint32))
     pages = base + page.to(tl.int64) * stride_page
     if ONE_PAGE:
         first = pages + slot_offset(block % PAGE_SIZE, STRIDE, PAGE_SIZE)
@@ -68,7 +59,20 @@ def key_rows(
 
 
 @triton.jit
-def load_page_ids(row, key, end_key, num_pages, PAGE_SIZE: tl.constexpr):
-    """Page ids (int32) of `key`, a key or a vector of keys; page 0 for keys from `end_key` on."""
-    page = tl.load(row + key // PAGE_SIZE, mask=key < end_key, other=0)
-    return tl.minimum(tl.maximum(page, 0), num_pages - 1)
+def first_page_ids(row, block, block_keys, reach, PAGE_SIZE: tl.constexpr, ONE_PAGE: tl.constexpr):
+    """Page ids (int32) of a first block of keys, as the table has them; 0 from key `reach` on."""
+    key = block if ONE_PAGE else block + block_keys
+    return tl.load(row + key // PAGE_SIZE, mask=key < reach, other=0)
+
+
+@triton.jit
+def next_page_ids(
+    row, block, block_keys, last_key, PAGE_SIZE: tl.constexpr, ONE_PAGE: tl.constexpr
+):
+    """Page ids of the block after the one at hand; past `last_key`, the page of that key.
+
+    Carried from one step of a loop to the next as they are loaded: a mask here, or a clamp behind
+    the load, would make Triton pass them through shared memory and wait for them in every step.
+    """
+    key = block if ONE_PAGE else block + block_keys
+    return tl.load(row + tl.minimum(key, last_key) // PAGE_SIZE)

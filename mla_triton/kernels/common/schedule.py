@@ -20,9 +20,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mla_triton.kernels.common.launch import Launcher, Variant
-from mla_triton.kernels.common.paged import request_keys, request_queries
+from mla_triton.device import Device
+from mla_triton.kernels.common.launch import Launch, Variant
+from mla_triton.kernels.common.paged import request_keys
+from mla_triton.kernels.common.rows import request_queries
 from mla_triton.plan import (
     SNAP_LIMIT,
     SPLIT_BALANCE,
@@ -40,8 +43,9 @@ BALANCE = tl.constexpr(SPLIT_BALANCE)
 STEPS = tl.constexpr(SPLIT_STEPS)
 SNAP = tl.constexpr(SNAP_LIMIT)
 
-SMALL_BATCH = 128
-LARGE_BLOCK = 1024
+BLOCKS = {32: 1, 128: 1, 512: 4, 2048: 16}
+"""Warps by the requests of a block: up to four requests a thread. A larger batch takes several of
+the largest blocks."""
 
 ARGUMENTS = (
     ("kv_lens", "*i32"),
@@ -64,17 +68,42 @@ def request_sizes(
     kv_lens, cu_seqlens_q, requests, batch, s_q, queries, heads, max_kv_len, group_rows,
     KV_TILE: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """(tiles, groups) of a block of requests, int64; a request past the batch has no group."""
+    """(tiles, groups) of a block of requests, int32; a request past the batch has no group."""
     inside = requests < batch
     safe = tl.where(inside, requests, 0)
-    keys = request_keys(kv_lens, safe, max_kv_len).to(tl.int64)
-    tiles = (keys + (KV_TILE - 1)) // KV_TILE
+    keys = request_keys(kv_lens, safe, max_kv_len)
+    tiles = keys // KV_TILE + (keys % KV_TILE > 0).to(tl.int32)
     if RAGGED:
         _, tokens = request_queries(cu_seqlens_q, safe, s_q, queries, RAGGED)
-        groups = (tokens.to(tl.int64) * heads + (group_rows - 1)) // group_rows
+        rows = tokens * heads
+        groups = rows // group_rows + (rows % group_rows > 0).to(tl.int32)
     else:
-        groups = tl.full(requests.shape, 1, tl.int64)
+        groups = tl.full(requests.shape, 1, tl.int32)
     return tiles, tl.where(inside, groups, 0)
+
+
+@triton.jit
+def divide(numerator, denominator, is_narrow):
+    """Non-negative `numerator // denominator`, int64; in 32 bits where `is_narrow` says they fit.
+
+    A division of 64 bits is a subroutine of a hundred instructions, and a batch that needs one has
+    more than 2**31 tiles.
+    """
+    if is_narrow:
+        quotient = (numerator.to(tl.int32) // denominator.to(tl.int32)).to(tl.int64)
+    else:
+        quotient = numerator // denominator
+    return quotient
+
+
+@triton.jit
+def shortest_piece(longest):
+    """1 + the number of t in [1, STEPS) with BALANCE * t * t < longest; int32."""
+    # From above: the square root may be off by its last bit.
+    t = tl.minimum(tl.sqrt(longest.to(tl.float32) / BALANCE).to(tl.int32) + 2, STEPS - 1)
+    for _ in tl.static_range(3):
+        t -= ((t > 0) & (BALANCE * t * t >= longest)).to(tl.int32)
+    return 1 + t
 
 
 @triton.jit
@@ -88,97 +117,110 @@ def even_pieces(tiles, target):
 
 @triton.jit
 def highest_offset(tiles, margin, step):
-    """The last tile offset at which a packed cut still falls inside a group."""
-    # Shifted by a multiple of the step: integer division rounds towards zero on the device.
-    shift: tl.constexpr = 2 * SNAP
-    last = (tiles - margin + shift) // step * step - shift
-    return tl.minimum(last + step, tiles) - 1
+    """The last tile offset at which a packed cut still falls inside a group; `step` is 1 or 2."""
+    # The mask rounds down also below zero, where a division would round towards it.
+    return tl.minimum(((tiles - margin) & -step) + step, tiles) - 1
 
 
 @triton.jit
 def schedule_kernel(
     kv_lens, cu_seqlens_q, result,
     batch, s_q, queries, heads, max_kv_len, parts, group_rows, overhead, max_groups,
-    KV_TILE: tl.constexpr, RAGGED: tl.constexpr, BLOCK_B: tl.constexpr,
+    KV_TILE: tl.constexpr, RAGGED: tl.constexpr, BLOCK_B: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):  # fmt: skip
+    # The lengths are there now. Decode waits for this kernel's end before it reads the result.
+    if PROGRAMMATIC:
+        gdc_wait()
+        gdc_launch_dependents()
     program = tl.program_id(0)
     block = tl.arange(0, BLOCK_B)
+    blocks = 1 if ONE_BLOCK else tl.cdiv(batch, BLOCK_B)
 
     work = tl.zeros([], tl.int64)
-    longest = tl.zeros([], tl.int64)
+    longest = tl.zeros([], tl.int32)
     count = tl.zeros([], tl.int64)
-    for start in range(0, batch, BLOCK_B):
+    for number in range(blocks):
         tiles, groups = request_sizes(
-            kv_lens, cu_seqlens_q, start + block, batch, s_q, queries, heads, max_kv_len,
-            group_rows, KV_TILE, RAGGED,
+            kv_lens, cu_seqlens_q, number * BLOCK_B + block, batch, s_q, queries, heads,
+            max_kv_len, group_rows, KV_TILE, RAGGED,
         )  # fmt: skip
-        work += tl.sum(groups * tiles, 0)
+        work += tl.sum(groups.to(tl.int64) * tiles, 0)
         longest = tl.maximum(longest, tl.max(tl.where(groups > 0, tiles, 0), 0))
-        count += tl.sum(groups, 0)
-    t = tl.arange(0, STEPS).to(tl.int64)
-    floor = 1 + tl.sum(((t > 0) & (BALANCE * t * t < longest)).to(tl.int64), 0)
-    target = tl.maximum(floor, (work + parts - 1) // parts)
+        if RAGGED:
+            count += tl.sum(groups.to(tl.int64), 0)
+    if not RAGGED:
+        count += batch
+    packed_length = work + count * overhead
+    is_narrow = packed_length < 2**30
+    floor = shortest_piece(longest)
+    target = tl.maximum(floor, divide(work + (parts - 1), parts, is_narrow))
+    # No request has as many tiles as that: past it, the target is the same to all of them.
+    near_target = tl.minimum(target, 2**30).to(tl.int32)
 
-    worst_piece = tl.zeros([], tl.int64)
+    worst_piece = tl.zeros([], tl.int32)
     pieces_used = tl.zeros([], tl.int64)
-    for start in range(0, batch, BLOCK_B):
+    for number in range(blocks):
         tiles, groups = request_sizes(
-            kv_lens, cu_seqlens_q, start + block, batch, s_q, queries, heads, max_kv_len,
-            group_rows, KV_TILE, RAGGED,
+            kv_lens, cu_seqlens_q, number * BLOCK_B + block, batch, s_q, queries, heads,
+            max_kv_len, group_rows, KV_TILE, RAGGED,
         )  # fmt: skip
-        exact, _, splits = even_pieces(tiles, target)
+        exact, _, splits = even_pieces(tiles, near_target)
         worst_piece = tl.maximum(worst_piece, tl.max(tl.where(groups > 0, exact, 0), 0))
-        pieces_used += tl.sum(groups * splits, 0)
+        pieces_used += tl.sum(groups.to(tl.int64) * splits, 0)
     limit = tl.maximum(target + 1, target * TOLERANCE // 100)
     even = (worst_piece <= limit) & (pieces_used <= parts)
 
-    packed_length = work + count * overhead
-    size = tl.maximum((packed_length + parts - 1) // parts, floor + overhead)
+    size = tl.maximum(divide(packed_length + (parts - 1), parts, is_narrow), floor + overhead)
     largest = tl.where(count > 0, longest + overhead, 0)
-    whole = (count + parts - 1) // parts * largest
+    whole = divide(count + (parts - 1), parts, is_narrow) * largest
     size = tl.where(whole * 100 <= size * TOLERANCE, tl.maximum(whole, 1), size)
     size = tl.where(even, 1, size)
+    is_narrow &= size < 2**30
     step = tl.where(size > 4, 2, 1)
-    margin = tl.maximum(tl.minimum(size // 16, SNAP), 1)
-    lowest = (margin + step - 1) // step * step
+    margin = tl.maximum(tl.minimum(size // 16, SNAP), 1).to(tl.int32)
+    lowest = margin + (margin & (step - 1))
 
     is_cut = program <= parts
     position = program * size
-    own_start = (program - parts - 1) * BLOCK_B
+    own_block = program - parts - 1
     line = tl.zeros([], tl.int64)
     groups_so_far = tl.zeros([], tl.int64)
-    cut_unit = tl.zeros([], tl.int64)
+    cut_unit = tl.zeros([], tl.int32)
     cut_before = tl.zeros([], tl.int64)
     cut_groups = tl.zeros([], tl.int64)
-    cut_tiles = tl.zeros([], tl.int64)
-    cut_piece = tl.zeros([], tl.int64)
-    for start in range(0, batch, BLOCK_B):
-        requests = start + block
+    cut_tiles = tl.zeros([], tl.int32)
+    cut_piece = tl.zeros([], tl.int32)
+    for number in range(blocks):
+        requests = number * BLOCK_B + block
         tiles, groups = request_sizes(
             kv_lens, cu_seqlens_q, requests, batch, s_q, queries, heads, max_kv_len,
             group_rows, KV_TILE, RAGGED,
         )  # fmt: skip
-        _, piece, splits = even_pieces(tiles, target)
+        _, piece, splits = even_pieces(tiles, near_target)
         unit = tl.where(even, splits, tiles + overhead)
-        length = groups * unit
-        end = line + tl.cumsum(length, 0)
-        before = end - length
-        groups_before = groups_so_far + tl.cumsum(groups, 0) - groups
+        length = groups.to(tl.int64) * unit
+        before = line + tl.cumsum(length, 0) - length
+        if RAGGED:
+            groups_before = groups_so_far + tl.cumsum(groups.to(tl.int64), 0) - groups
+        else:
+            groups_before = requests.to(tl.int64)
         line += tl.sum(length, 0)
-        groups_so_far += tl.sum(groups, 0)
+        groups_so_far += tl.sum(groups.to(tl.int64), 0)
         if is_cut:
-            found = (before <= position) & (position < end)
+            found = (before <= position) & (position < before + length)
             cut_unit += tl.sum(tl.where(found, unit, 0), 0)
             cut_before += tl.sum(tl.where(found, before, 0), 0)
             cut_groups += tl.sum(tl.where(found, groups_before, 0), 0)
             cut_tiles += tl.sum(tl.where(found, tiles, 0), 0)
             cut_piece += tl.sum(tl.where(found, piece, 0), 0)
-        elif start == own_start:
+        elif number == own_block:
             rows = result + HEADER + CUT * (parts + 1)
-            for index in range(tl.max(groups, 0).to(tl.int32)):
-                place = before + index * unit
-                first = (place + overhead + lowest + size - 1) // size
-                last = (place + overhead + highest_offset(tiles, margin, step)) // size
+            for index in range(tl.max(groups, 0)):
+                place = before + index * unit.to(tl.int64)
+                first = divide(place + (overhead + lowest + size - 1), size, is_narrow)
+                highest = highest_offset(tiles, margin, step)
+                last = divide(place + (overhead + highest), size, is_narrow)
                 cuts = tl.where(even, splits - 1, tl.maximum(last - first + 1, 0))
                 first_part = tl.where(cuts > 0, tl.where(even, place, first - 1), 0)
                 row = rows + (groups_before + index) * GROUP
@@ -190,19 +232,19 @@ def schedule_kernel(
 
     if is_cut:
         past = position >= line
-        offset = position - cut_before
-        unit = tl.maximum(cut_unit, 1)
-        group = cut_groups + offset // unit
-        tile = offset % unit
+        unit = tl.maximum(cut_unit, 1).to(tl.int64)
+        index = divide(tl.where(past, 0, position - cut_before), unit, is_narrow)
+        group = cut_groups + index
+        tile = (position - cut_before - index * unit).to(tl.int32)
         packed_tile = tile - overhead
         inside = packed_tile >= lowest
         after = inside & (packed_tile > highest_offset(cut_tiles, margin, step))
-        packed_tile = tl.where(inside & ~after, packed_tile - packed_tile % step, 0)
+        packed_tile = tl.where(inside & ~after, packed_tile & -step, 0)
         group = tl.where(even, group, group + after.to(tl.int64))
         tile = tl.where(even, tile * cut_piece, packed_tile)
         group = tl.where(past, count, group)
         tl.store(result + HEADER + CUT * program, tl.minimum(group, max_groups).to(tl.int32))
-        tl.store(result + HEADER + CUT * program + 1, tl.where(past, 0, tile).to(tl.int32))
+        tl.store(result + HEADER + CUT * program + 1, tl.where(past, 0, tile))
         if program == 0:
             tl.store(result, tl.minimum(count, max_groups).to(tl.int32))
 
@@ -214,22 +256,30 @@ def result_size(geometry: Geometry) -> int:
 
 
 def block_of(batch: int) -> int:
-    return SMALL_BATCH if batch <= SMALL_BATCH else LARGE_BLOCK
+    return next((block for block in BLOCKS if batch <= block), max(BLOCKS))
 
 
-def variant(batch: int, ragged: bool, kv_tile: int) -> Variant:
-    """The schedule kernel: two block sizes, uniform or ragged queries."""
+def variant(batch: int, ragged: bool, kv_tile: int, device: Device) -> Variant:
+    """The schedule kernel: by size of the batch, for uniform or ragged queries."""
+    block = block_of(batch)
     return Variant(
         schedule_kernel,
         ARGUMENTS,
-        (("KV_TILE", kv_tile), ("RAGGED", ragged), ("BLOCK_B", block_of(batch))),
+        (
+            ("KV_TILE", kv_tile),
+            ("RAGGED", ragged),
+            ("BLOCK_B", block),
+            ("ONE_BLOCK", batch <= block),
+            ("PROGRAMMATIC", device.has_programmatic_launch),
+        ),
         frozenset(),
-        num_warps=1 if batch <= SMALL_BATCH else 4,
+        num_warps=BLOCKS[block],
+        programmatic=device.has_programmatic_launch,
     )
 
 
 def launch(
-    launcher: Launcher,
+    launcher: Launch,
     geometry: Geometry,
     batch: int,
     s_q: int,

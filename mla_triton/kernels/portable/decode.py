@@ -20,17 +20,18 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mla_triton.device import Device
-from mla_triton.kernels.common.launch import TYPE_NAMES, Launcher, Variant, emulates_bf16
+from mla_triton.kernels.common.launch import TYPE_NAMES, Launch, Variant, emulates_bf16
 from mla_triton.kernels.common.paged import (
+    first_page_ids,
     key_rows,
-    load_page_ids,
+    next_page_ids,
     request_keys,
     request_pages,
-    request_queries,
 )
+from mla_triton.kernels.common.rows import request_queries, row_pointers
 from mla_triton.kernels.common.schedule import CUT, GROUP, HEADER
 from mla_triton.kernels.common.tensors import DecodeTensors, strides
 from mla_triton.kernels.common.tiles import (
@@ -115,24 +116,115 @@ ALIGNED = frozenset(
 
 @triton.jit
 def load_queries(
-    q_nope, q_rope, nope_rows, rope_rows, mask,
-    VALUE: tl.constexpr, NOPE: tl.constexpr, ROPE_IN_VALUE: tl.constexpr,
+    q_nope, q_rope, request, first_token, first_row, tile_rows, mask, heads,
+    nope_stride_b, nope_stride_s, nope_stride_h, rope_stride_b, rope_stride_s, rope_stride_h,
+    VALUE: tl.constexpr, NOPE: tl.constexpr, TAIL: tl.constexpr, ROPE_IN_VALUE: tl.constexpr,
+    NOPE_STEP: tl.constexpr, ROPE_STEP: tl.constexpr,
 ):  # fmt: skip
-    """The columns of a row tile's queries that meet the latent: `q_rope`'s too if V holds them."""
-    columns = tl.arange(0, VALUE)
-    if ROPE_IN_VALUE:
-        # One load from either address, not a choice of two loads: what is loaded can go to shared
-        # memory, what is computed stays in registers throughout the key loop.
-        address = tl.where(
-            (columns < NOPE)[None, :],
-            q_nope + nope_rows[:, None] + columns[None, :],
-            q_rope + rope_rows[:, None] + (columns - NOPE)[None, :],
-        )
-        return tl.load(address, mask=mask[:, None], other=0.0)
+    """(columns of the queries that meet the latent, columns that meet the rotary keys behind it).
+
+    Where the value holds the rotary keys, all columns meet the latent, and are returned twice.
+    """
+    columns = tl.arange(0, VALUE)[None, :]
+    nope_rows = row_pointers(
+        q_nope, request, first_token, first_row, tile_rows, heads,
+        nope_stride_b, nope_stride_s, nope_stride_h, NOPE_STEP,
+    )[:, None]  # fmt: skip
+    if TAIL == 0 and not ROPE_IN_VALUE:
+        q_value = tl.load(nope_rows + columns, mask=mask[:, None], other=0.0)
+        return q_value, q_value
     else:
-        return tl.load(
-            q_nope + nope_rows[:, None] + columns[None, :], mask=mask[:, None], other=0.0
+        rope_rows = row_pointers(
+            q_rope, request, first_token, first_row, tile_rows, heads,
+            rope_stride_b, rope_stride_s, rope_stride_h, ROPE_STEP,
+        )[:, None]  # fmt: skip
+        if ROPE_IN_VALUE:
+            # One load from either address, not a choice of two loads: what is loaded can go to
+            # shared memory, what is computed stays in registers throughout the key loop.
+            address = tl.where(columns < NOPE, nope_rows + columns, rope_rows + (columns - NOPE))
+            q_value = tl.load(address, mask=mask[:, None], other=0.0)
+            return q_value, q_value
+        else:
+            q_value = tl.load(nope_rows + columns, mask=mask[:, None], other=0.0)
+            tail_columns = tl.arange(0, TAIL)[None, :]
+            return q_value, tl.load(rope_rows + tail_columns, mask=mask[:, None], other=0.0)
+
+
+@triton.jit
+def attend(
+    q_value, q_tail, running_max, running_sum, accumulator,
+    ckv, kpe, page, block, end_key, visible_end, ckv_stride_page, kpe_stride_page, num_pages,
+    scale_log2,
+    VALUE: tl.constexpr, TAIL: tl.constexpr, FUSED: tl.constexpr,
+    CKV_SLOT: tl.constexpr, KPE_SLOT: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    KEYS: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over one block of `KEYS` keys: its new (maximum, sum, accumulator).
+
+    Without `MASKED` every row sees every key of the block.
+    """
+    ONE_PAGE: tl.constexpr = PAGE_SIZE % KEYS == 0
+    block_keys = tl.arange(0, KEYS)
+    value_columns = tl.arange(0, VALUE)
+    ckv_rows = key_rows(
+        ckv, page, block, block_keys, ckv_stride_page, num_pages, CKV_SLOT, PAGE_SIZE, ONE_PAGE
+    )
+    key_inside = block_keys < end_key - block
+    if MASKED:
+        # Keys past the end are zero, not hidden alone: 0 x NaN would reach the sum over V.
+        latent = tl.load(
+            ckv_rows[:, None] + value_columns[None, :], mask=key_inside[:, None], other=0.0
         )
+    else:
+        latent = tl.load(ckv_rows[:, None] + value_columns[None, :])
+    scores = dot(
+        q_value,
+        tl.trans(latent),
+        tl.zeros([q_value.shape[0], KEYS], tl.float32),
+        PRECISION,
+        EMULATE_BF16,
+    )
+    if TAIL > 0:
+        tail_columns = tl.arange(0, TAIL)
+        if FUSED:
+            kpe_rows = ckv_rows + VALUE
+        else:
+            kpe_rows = key_rows(
+                kpe, page, block, block_keys, kpe_stride_page, num_pages, KPE_SLOT, PAGE_SIZE,
+                ONE_PAGE,
+            )  # fmt: skip
+        if MASKED:
+            rope_key = tl.load(
+                kpe_rows[:, None] + tail_columns[None, :], mask=key_inside[:, None], other=0.0
+            )
+        else:
+            rope_key = tl.load(kpe_rows[:, None] + tail_columns[None, :])
+        scores = dot(q_tail, tl.trans(rope_key), scores, PRECISION, EMULATE_BF16)
+    scores = scores * scale_log2
+    if MASKED:
+        visible = key_inside[None, :]
+        if CAUSAL:
+            visible = visible & ((block + block_keys)[None, :] < visible_end[:, None])
+        scores = tl.where(visible, scores, float("-inf"))
+    running_max, running_sum, rescale, probabilities = online_softmax_update(
+        scores, running_max, running_sum
+    )
+    accumulator = dot(
+        narrow(probabilities, latent.dtype, EMULATE_BF16),
+        latent,
+        accumulator * rescale[:, None],
+        PRECISION,
+        EMULATE_BF16,
+    )
+    return running_max, running_sum, accumulator
+
+
+@triton.jit
+def edge_block(begin_key, step, whole_begin, whole_end):
+    """First key of a step over the keys of a piece that are not in `[whole_begin, whole_end)`."""
+    block = begin_key + step
+    return tl.where(block >= whole_begin, block + (whole_end - whole_begin), block)
 
 
 @triton.jit
@@ -147,19 +239,27 @@ def decode_kernel(
     num_pages, parts, scale_log2,
     VALUE: tl.constexpr, NOPE: tl.constexpr, TAIL: tl.constexpr, ROPE_IN_VALUE: tl.constexpr,
     FUSED: tl.constexpr, CKV_SLOT: tl.constexpr, KPE_SLOT: tl.constexpr,
+    NOPE_STEP: tl.constexpr, ROPE_STEP: tl.constexpr,
+    OUT_STEP: tl.constexpr, LSE_STEP: tl.constexpr,
     PAGE_SIZE: tl.constexpr, CSR: tl.constexpr, RAGGED: tl.constexpr, CAUSAL: tl.constexpr,
-    KV_TILE: tl.constexpr, ROW_TILE: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    FULL_TILES: tl.constexpr, KV_TILE: tl.constexpr, ROW_TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr, PROGRAMMATIC: tl.constexpr,
 ):  # fmt: skip
+    # What the kernel before this one writes is there now, and the merge may take its place.
     if PROGRAMMATIC:
+        gdc_wait()
         gdc_launch_dependents()
     # A block that cannot leave its page needs one page id instead of one for each key.
     ONE_PAGE: tl.constexpr = PAGE_SIZE % BLOCK_N == 0
+    EDGE: tl.constexpr = BLOCK_N if BLOCK_N < KV_TILE else KV_TILE
+    EDGE_ONE_PAGE: tl.constexpr = PAGE_SIZE % EDGE == 0
     lane = tl.program_id(0)
     part = tl.program_id(1)
     group_rows = tl.num_programs(0) * ROW_TILE
     tile_rows = tl.arange(0, ROW_TILE)
     block_keys = tl.arange(0, BLOCK_N)
+    edge_keys = tl.arange(0, EDGE)
     value_columns = tl.arange(0, VALUE)
 
     cuts = schedule + HEADER + CUT * part
@@ -167,139 +267,122 @@ def decode_kernel(
     first_tile = tl.load(cuts + 1)
     last_group = tl.load(cuts + 2)
     last_tile = tl.load(cuts + 3)
-    for group in range(first_group, last_group + (last_tile > 0).to(tl.int32)):
+    # What is the same in every group, or in every step, is worked out each time: kept in registers
+    # it slows the loop over whole blocks down, by 7 % with 64 rows, and makes the other one spill.
+    # Rows that are not evenly spaced take so many registers that it is true of both.
+    end_group = last_group + (last_tile > 0).to(tl.int32)
+    for group in tl.range(first_group, end_group, disable_licm=True):
         if RAGGED:
             entry = schedule + HEADER + CUT * (parts + 1) + GROUP * group
             request = tl.minimum(tl.maximum(tl.load(entry), 0), batch - 1)
-            row = tl.load(entry + 1) * group_rows + lane * ROW_TILE + tile_rows
+            first_row = tl.load(entry + 1) * group_rows + lane * ROW_TILE
         else:
             request = tl.minimum(group, batch - 1)
-            row = lane * ROW_TILE + tile_rows
+            first_row = lane * ROW_TILE
         # The schedule may have been made under a higher bound than this call's.
         tiles = tl.cdiv(request_keys(kv_lens, request, planned_kv_len), KV_TILE)
         kv_len = request_keys(kv_lens, request, max_kv_len)
-        first_query, request_s_q = request_queries(cu_seqlens_q, request, s_q, queries, RAGGED)
         page_row, kv_len = request_pages(pages, indptr, request, table_size, kv_len, PAGE_SIZE, CSR)
         begin = tl.where(group == first_group, first_tile, 0)
         end = tl.where(group == last_group, last_tile, tiles)
         begin_key = begin * KV_TILE
         end_key = tl.minimum(end * KV_TILE, kv_len)
 
-        query = row // heads
-        head = row % heads
-        row_inside = (row >= 0) & (query < request_s_q)
-        # Bottom-right: the last query sees every key.
-        visible_end = kv_len - request_s_q + query + 1
+        first_token, request_s_q = request_queries(cu_seqlens_q, request, s_q, queries, RAGGED)
+        rows = request_s_q * heads
+        if FULL_TILES:
+            row_inside = tl.full([ROW_TILE], 1, tl.int1)
+        else:
+            row_inside = tile_rows < rows - first_row
+        # Bottom-right: the last query sees every key. `seen_end` is where the keys end that all
+        # rows of the tile see.
+        before_queries = kv_len - request_s_q + 1
+        seen_end = end_key
         if CAUSAL:
-            end_key = tl.minimum(end_key, tl.max(tl.where(row_inside, visible_end, 0), 0))
-        else:
-            end_key = tl.where(tl.max(row_inside.to(tl.int32), 0) > 0, end_key, 0)
-
-        # Uniform queries have a batch stride; ragged ones count their tokens from the first.
+            last_row = tl.minimum(first_row + (ROW_TILE - 1), rows - 1)
+            end_key = tl.minimum(end_key, before_queries + last_row // heads)
+            seen_end = tl.minimum(end_key, before_queries + first_row // heads)
         if RAGGED:
-            token = (first_query + query).to(tl.int64)
-            batch_index = tl.zeros([], tl.int64)
-        else:
-            token = query.to(tl.int64)
-            batch_index = request.to(tl.int64)
-        nope_rows = batch_index * q_nope_stride_b + token * q_nope_stride_s + head * q_nope_stride_h
-        rope_rows = batch_index * q_rope_stride_b + token * q_rope_stride_s + head * q_rope_stride_h
-        q_value = load_queries(
-            q_nope, q_rope, nope_rows, rope_rows, row_inside, VALUE, NOPE, ROPE_IN_VALUE
-        )
-        if TAIL > 0:
-            tail_columns = tl.arange(0, TAIL)
-            q_tail = tl.load(
-                q_rope + rope_rows[:, None] + tail_columns[None, :],
-                mask=row_inside[:, None],
-                other=0.0,
-            )
+            end_key = tl.where(first_row < rows, end_key, 0)
+            seen_end = tl.minimum(seen_end, end_key)
+
+        # Whole blocks need no mask. The keys around them are taken in smaller steps.
+        whole_begin = tl.cdiv(begin_key, BLOCK_N) * BLOCK_N if ONE_PAGE else begin_key
+        whole_end = whole_begin + tl.maximum(seen_end - whole_begin, 0) // BLOCK_N * BLOCK_N
+        edge_end = end_key - begin_key - (whole_end - whole_begin)
+        # The first page ids need not wait for the length: past it, a dense table is still the
+        # table, and what page the id names does not matter.
+        reach = end_key if CSR else max_kv_len
+        page = first_page_ids(page_row, whole_begin, block_keys, reach, PAGE_SIZE, ONE_PAGE)
+        edge_begin = edge_block(begin_key, 0, whole_begin, whole_end)
+        edge_page = first_page_ids(page_row, edge_begin, edge_keys, reach, PAGE_SIZE, EDGE_ONE_PAGE)
+        q_value, q_tail = load_queries(
+            q_nope, q_rope, request, first_token, first_row, tile_rows, row_inside, heads,
+            q_nope_stride_b, q_nope_stride_s, q_nope_stride_h,
+            q_rope_stride_b, q_rope_stride_s, q_rope_stride_h,
+            VALUE, NOPE, TAIL, ROPE_IN_VALUE, NOPE_STEP, ROPE_STEP,
+        )  # fmt: skip
+        visible_end = before_queries + (first_row + tile_rows) // heads
 
         running_max = tl.full([ROW_TILE], LOWEST, tl.float32)
         running_sum = tl.zeros([ROW_TILE], tl.float32)
         accumulator = tl.zeros([ROW_TILE, VALUE], tl.float32)
-        # The first page id need not wait for the length: past it, a dense table is still the table,
-        # and what page the id names does not matter.
-        reach = end_key if CSR else max_kv_len
-        if ONE_PAGE:
-            start = begin_key // BLOCK_N * BLOCK_N
-            page = load_page_ids(page_row, start, reach, num_pages, PAGE_SIZE)
-        else:
-            start = begin_key
-            page = load_page_ids(page_row, start + block_keys, reach, num_pages, PAGE_SIZE)
-        for block in tl.range(start, end_key, BLOCK_N, num_stages=STAGES):
-            key = block + block_keys
-            # Keys past the end are zero, not hidden alone: 0 x NaN would reach the sum over V.
-            key_inside = block_keys < end_key - block
-            ckv_rows = key_rows(
-                ckv, page, block, block_keys, ckv_stride_page, CKV_SLOT, PAGE_SIZE, ONE_PAGE
-            )
-            latent = tl.load(
-                ckv_rows[:, None] + value_columns[None, :], mask=key_inside[:, None], other=0.0
-            )
-            scores = dot(
-                q_value,
-                tl.trans(latent),
-                tl.zeros([ROW_TILE, BLOCK_N], tl.float32),
-                PRECISION,
-                EMULATE_BF16,
-            )
-            if TAIL > 0:
-                if FUSED:
-                    kpe_rows = ckv_rows + VALUE
-                else:
-                    kpe_rows = key_rows(
-                        kpe, page, block, block_keys, kpe_stride_page, KPE_SLOT, PAGE_SIZE, ONE_PAGE
-                    )
-                rope_key = tl.load(
-                    kpe_rows[:, None] + tail_columns[None, :], mask=key_inside[:, None], other=0.0
-                )
-                scores = dot(q_tail, tl.trans(rope_key), scores, PRECISION, EMULATE_BF16)
+        for block in tl.range(
+            whole_begin, whole_end, BLOCK_N, num_stages=STAGES, disable_licm=OUT_STEP == 0
+        ):
+            running_max, running_sum, accumulator = attend(
+                q_value, q_tail, running_max, running_sum, accumulator,
+                ckv, kpe, page, block, end_key, visible_end, ckv_stride_page, kpe_stride_page,
+                num_pages, scale_log2, VALUE, TAIL, FUSED, CKV_SLOT, KPE_SLOT, PAGE_SIZE,
+                BLOCK_N, False, CAUSAL, PRECISION, EMULATE_BF16,
+            )  # fmt: skip
             # The next page id is on its way while this block is computed: an indirect load inside
             # the step would cost a stage of the pipeline.
-            if ONE_PAGE:
-                page = load_page_ids(page_row, block + BLOCK_N, end_key, num_pages, PAGE_SIZE)
-            else:
-                page = load_page_ids(page_row, key + BLOCK_N, end_key, num_pages, PAGE_SIZE)
-
-            visible = key_inside[None, :]
-            if ONE_PAGE and BLOCK_N > KV_TILE:
-                visible = visible & (block_keys >= begin_key - block)[None, :]
-            if CAUSAL:
-                visible = visible & (key[None, :] < visible_end[:, None])
-            scores = tl.where(visible, scores * scale_log2, float("-inf"))
-            running_max, running_sum, rescale, probabilities = online_softmax_update(
-                scores, running_max, running_sum
+            page = next_page_ids(
+                page_row, block + BLOCK_N, block_keys, end_key - 1, PAGE_SIZE, ONE_PAGE
             )
-            accumulator = dot(
-                narrow(probabilities, latent.dtype, EMULATE_BF16),
-                latent,
-                accumulator * rescale[:, None],
-                PRECISION,
-                EMULATE_BF16,
+        for step in tl.range(0, edge_end, EDGE, num_stages=STAGES, disable_licm=True):
+            block = edge_block(begin_key, step, whole_begin, whole_end)
+            running_max, running_sum, accumulator = attend(
+                q_value, q_tail, running_max, running_sum, accumulator,
+                ckv, kpe, edge_page, block, end_key, visible_end, ckv_stride_page, kpe_stride_page,
+                num_pages, scale_log2, VALUE, TAIL, FUSED, CKV_SLOT, KPE_SLOT, PAGE_SIZE,
+                EDGE, True, CAUSAL, PRECISION, EMULATE_BF16,
+            )  # fmt: skip
+            following = edge_block(begin_key, step + EDGE, whole_begin, whole_end)
+            edge_page = next_page_ids(
+                page_row, following, edge_keys, end_key - 1, PAGE_SIZE, EDGE_ONE_PAGE
             )
 
         result, lse_log2 = finish_softmax(accumulator, running_max, running_sum)
         if (begin == 0) & (end == tiles):
-            out_rows = batch_index * out_stride_b + token * out_stride_s + head * out_stride_h
-            lse_rows = batch_index * lse_stride_b + token * lse_stride_s + head * lse_stride_h
+            out_rows = row_pointers(
+                out, request, first_token, first_row, tile_rows, heads,
+                out_stride_b, out_stride_s, out_stride_h, OUT_STEP,
+            )  # fmt: skip
+            lse_rows = row_pointers(
+                lse, request, first_token, first_row, tile_rows, heads,
+                lse_stride_b, lse_stride_s, lse_stride_h, LSE_STEP,
+            )  # fmt: skip
             tl.store(
-                out + out_rows[:, None] + value_columns[None, :],
+                out_rows[:, None] + value_columns[None, :],
                 narrow(result, out.dtype.element_ty, EMULATE_BF16),
                 mask=row_inside[:, None],
             )
-            tl.store(lse + lse_rows, lse_log2 * LN_2, mask=row_inside)
+            tl.store(lse_rows, lse_log2 * LN_2, mask=row_inside)
         else:
             # Only a part's first group can continue an earlier part, and only its last can begin
             # here and go on, so two slots are enough.
             slot = 2 * part + (begin == 0).to(tl.int32)
-            partial_rows = slot.to(tl.int64) * group_rows + lane * ROW_TILE + tile_rows
+            first_partial = slot.to(tl.int64) * group_rows + lane * ROW_TILE
             tl.store(
-                partial_out + partial_rows[:, None] * VALUE + value_columns[None, :],
+                partial_out
+                + first_partial * VALUE
+                + (tile_rows[:, None] * VALUE + value_columns[None, :]),
                 result,
                 mask=row_inside[:, None],
             )
-            tl.store(partial_lse + partial_rows, lse_log2, mask=row_inside)
+            tl.store(partial_lse + first_partial + tile_rows, lse_log2, mask=row_inside)
 
 
 def variant(problem: DecodeProblem, config: Config, geometry: Geometry, device: Device) -> Variant:
@@ -316,21 +399,27 @@ def variant(problem: DecodeProblem, config: Config, geometry: Geometry, device: 
             ("FUSED", problem.fused),
             ("CKV_SLOT", problem.ckv_stride_slot),
             ("KPE_SLOT", problem.kpe_stride_slot),
+            ("NOPE_STEP", problem.row_steps.q_nope),
+            ("ROPE_STEP", problem.row_steps.q_rope),
+            ("OUT_STEP", problem.row_steps.out),
+            ("LSE_STEP", problem.row_steps.lse),
             ("PAGE_SIZE", problem.page_size),
             ("CSR", problem.csr),
             ("RAGGED", problem.ragged),
             ("CAUSAL", problem.causal),
+            ("FULL_TILES", not problem.ragged and problem.rows % geometry.row_tile == 0),
             ("KV_TILE", geometry.kv_tile),
             ("ROW_TILE", geometry.row_tile),
             ("BLOCK_N", config.block_n),
             ("STAGES", config.num_stages),
             ("PRECISION", precision(problem, device)),
             ("EMULATE_BF16", emulates_bf16(problem.dtype, device)),
-            ("PROGRAMMATIC", device.has_programmatic_launch and geometry.parts > 1),
+            ("PROGRAMMATIC", device.has_programmatic_launch),
         ),
         ALIGNED if problem.aligned else frozenset({"partial_out"}),
         config.num_warps,
         config.num_stages,
+        programmatic=device.has_programmatic_launch,
     )
 
 
@@ -376,7 +465,7 @@ def compile(problem: DecodeProblem, config: Config, geometry: Geometry, device: 
 
 
 def launch(
-    launcher: Launcher, problem: DecodeProblem, geometry: Geometry, tensors: DecodeTensors
+    launcher: Launch, problem: DecodeProblem, geometry: Geometry, tensors: DecodeTensors
 ) -> None:
     """Writes `out` and `lse`, or partial results where the schedule cuts a group."""
     launcher((geometry.lanes, geometry.parts, 1), arguments(problem, geometry, tensors))

@@ -16,8 +16,8 @@ from mla_triton.plan import Geometry, cdiv
 from mla_triton.problem import DecodeProblem
 
 KV_TILE = 32
-"""Keys of a schedule tile. Any `block_n` works with it: a block that begins between two of its own
-multiples hides the keys before the part."""
+"""Keys of a schedule tile. Any `block_n` works with it: what a piece has before and behind its
+whole blocks is taken in steps of a tile."""
 OVERHEAD = 4
 """Cost of beginning a group (its queries, its first load, its result), in tiles."""
 MAX_RAGGED_LANES = 64
@@ -114,13 +114,22 @@ def row_tile(problem: DecodeProblem, device: Device) -> int:
     problem = planned(problem)
     if problem.dtype == torch.float32 or device.backend == "interpreter":
         return 16
-    if problem.rows <= 16:
+    if problem.rows <= 16 or is_alone(problem):
         return 16
     # AMD: 64 rows spill inside the key loop. 99 KiB cards: 64 rows of a 512-wide latent do not fit.
     if problem.rows <= 32 or device.backend == "hip":
         return 32
     fits = any(is_valid(c, problem, device, 64)[0] for c, _ in candidates(problem, device, 64))
     return 64 if fits else 32
+
+
+def is_alone(problem: DecodeProblem) -> bool:
+    """Whether there are so few keys that reading them again costs less than long programs do.
+
+    One request of 128 heads over 1024 keys takes 12 us in tiles of 16 rows and 16 us in tiles of 64
+    on an H200; over 16384 keys, 41 and 37 us.
+    """
+    return problem.batch * cdiv(problem.rows, 64) <= 2
 
 
 def precision(problem: DecodeProblem, device: Device) -> str:
@@ -161,9 +170,13 @@ def candidates(problem: DecodeProblem, device: Device, rows: int) -> list[tuple[
             return [(Config(32, 8, 2), "8 warps keep 32 rows in registers without a spill")]
         if scattered:
             return [(Config(32, 4, 2), "two programs an SM; 64 addresses a program would spill")]
+        if 2 * problem.batch < device.sm_count:
+            return [(Config(64, 4, 3), "two tiles in flight: one program an SM, half the merge")]
         return [(Config(64, 4, 2), "112 KiB at 512+64: two programs an SM hide each other's loads")]
     if device.shared_memory >= 227 * KIB:
-        return [(Config(64, 4, 2), "92 KiB at 512+64: two programs an SM hide each other's loads")]
+        if problem.rows > 16:
+            return [(Config(64, 4, 2), "tiles of one request side by side: two programs an SM")]
+        return [(Config(64, 4, 3), "two tiles in flight in one program, one being computed")]
     if device.shared_memory >= 163 * KIB:
         return [(Config(32, 4, 2), "55 KiB at 512+64: two programs an SM hide each other's loads")]
     return [
@@ -195,9 +208,10 @@ def programs_per_sm(problem: DecodeProblem, device: Device) -> int:
     """Programs that are resident on an SM together, as far as the schedule counts on it."""
     problem = planned(problem)
     config = heuristic(problem, device)
-    # Alone, a request has so little work that the second program only lengthens the merge. More
-    # than four warps with all their registers leave no room for a second program.
-    if problem.batch == 1 or config.num_warps > 4 or device.backend != "cuda":
+    # A request of one row tile has so little work, alone, that a second program only lengthens the
+    # merge. More than four warps with all their registers leave no room for a second program.
+    alone = problem.batch == 1 and problem.rows <= 16
+    if alone or config.num_warps > 4 or device.backend != "cuda":
         return 1
     needed = shared_memory(config, problem, device, row_tile(problem, device)) + SM_RESERVED
     return 2 if 2 * needed <= device.shared_memory + SM_RESERVED else 1
