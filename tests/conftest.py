@@ -91,3 +91,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     """Where the tensors of a test live: on the GPU if there is one."""
     return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def nothing_recalled() -> None:
+    """Every test's first call goes through all checks, whatever an earlier test has called."""
+    from mla_triton.ops import decode
+
+    decode.RECALLED.clear()

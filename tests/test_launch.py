@@ -10,13 +10,32 @@ import triton
 
 from mla_triton import device as devices
 from mla_triton.kernels.common import combine
-from mla_triton.kernels.common.launch import Launcher, Variant, target_of
+from mla_triton.kernels.common.launch import Launcher, Recording, Variant, target_of
 from mla_triton.kernels.common.schedule import result_size
 from mla_triton.kernels.common.tensors import DecodeTensors, strides
 from mla_triton.kernels.portable import decode as portable
 from mla_triton.testing import compilation
 
 CARD = devices.from_label("9.0")
+
+
+class Runner:
+    """Stands in for Triton's launcher, of a kernel that takes no scratch memory."""
+
+    global_scratch_size = profile_scratch_size = 0
+    launch_cooperative_grid = False
+    launch_pdl = True
+
+    def __init__(self, launches: list[tuple]) -> None:
+        self.launches = launches
+
+    def __call__(self, *arguments) -> None:
+        self.launches.append(arguments)
+
+    def launch(self, *arguments) -> None:
+        """The compiled part of it: takes flags and scratch memory as well."""
+        assert arguments[5:9] == (False, True, None, None)
+        self.launches.append(arguments[:5] + arguments[9:])
 
 
 class Compiled:
@@ -27,9 +46,7 @@ class Compiled:
 
     def __init__(self) -> None:
         self.launches: list[tuple] = []
-
-    def run(self, *arguments) -> None:
-        self.launches.append(arguments)
+        self.run = Runner(self.launches)
 
     def launch_metadata(self, grid, stream, *arguments) -> str:
         return f"metadata of {grid}"
@@ -72,7 +89,10 @@ def decode_launch() -> tuple[Launcher, list]:
     return launcher, portable.arguments(problem, geometry, tensors)
 
 
-def test_arguments_reach_the_kernel_by_name(compiled):
+@pytest.mark.parametrize("version", ["3.6.0", "3.9.0"])
+def test_arguments_reach_the_kernel_by_name(compiled, monkeypatch, version):
+    """By the compiled part of Triton's launcher in the version where it is known, else by all."""
+    monkeypatch.setattr(triton, "__version__", version)
     launcher, arguments = decode_launch()
     launcher((3, 4, 1), arguments)
     (launch,) = compiled.launches
@@ -97,6 +117,44 @@ def test_a_profilers_hook_gets_its_metadata(compiled, monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", chain)
     launcher((3, 4, 1), arguments)
     assert compiled.launches[0][6:8] == ("metadata of (3, 4, 1)", chain)
+
+
+def test_a_kernel_with_scratch_memory_goes_through_all_of_the_launcher(compiled):
+    compiled.run.global_scratch_size = 16
+    compiled.run.launch = None
+    launcher, arguments = decode_launch()
+    launcher((3, 4, 1), arguments)
+    assert len(compiled.launches) == 1
+
+
+def test_a_recording_is_replayed_with_other_addresses(compiled):
+    launcher, arguments = decode_launch()
+    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+    recording = Recording(tensors)
+    recording.launching(launcher)((3, 4, 1), arguments)
+    recording.launching(launcher)((1, 1, 1), arguments)
+    assert recording.is_replayable
+    others = [torch.empty_like(tensor) for tensor in tensors]
+    recording.replay([tensor.data_ptr() for tensor in others])
+    first, second, *again = compiled.launches
+    for made, expected in zip(again, (first, second), strict=True):
+        moved = {t.data_ptr(): o.data_ptr() for t, o in zip(tensors, others, strict=True)}
+        assert made[:9] == expected[:9]
+        assert made[9:] == tuple(moved.get(value, value) for value in expected[9:])
+
+
+def test_a_tensor_given_twice_is_not_replayed(compiled):
+    one, other = torch.empty(1), torch.empty(1)
+    assert Recording([one, other, None, None]).is_replayable
+    assert not Recording([one, other, one]).is_replayable
+
+
+def test_interpreted_launches_are_not_replayed():
+    launcher, _ = decode_launch()
+    launcher.index = None
+    recording = Recording([])
+    recording._steps.append((launcher, (1, 1, 1), [], ()))
+    assert not recording.is_replayable
 
 
 def test_another_device_is_made_current(compiled, monkeypatch):
@@ -125,7 +183,7 @@ def test_variants_name_every_argument_in_order(module):
     problem = compilation.problem()
     geometry = portable.geometry(problem, CARD)
     if module is combine:
-        variant = combine.variant(problem, combine.heuristic(problem, geometry), CARD)
+        variant = combine.variant(problem, CARD)
     else:
         config = portable.heuristic(problem, CARD)
         variant = portable.variant(problem, config, geometry, CARD)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -12,7 +12,7 @@ from mla_triton import device as devices
 from mla_triton import select, validate
 from mla_triton.device import Device
 from mla_triton.kernels.common import schedule as schedules
-from mla_triton.kernels.common.launch import Launcher, Variant
+from mla_triton.kernels.common.launch import Launcher, Recording, Variant
 from mla_triton.ops.library import LIBRARY
 from mla_triton.plan import Geometry
 from mla_triton.problem import DecodeProblem
@@ -35,7 +35,7 @@ class Plan:
     partial_out: torch.Tensor | None
     partial_lse: torch.Tensor | None
 
-    @property
+    @cached_property
     def key(self) -> list[int]:
         """The bound of lengths that it was made under, and what it and its decode must agree on."""
         return [self.problem.max_kv_len, *plan_key(self.problem, self.geometry)]
@@ -211,7 +211,7 @@ def launcher(variant: Variant, device: Device, index: int | None) -> Launcher:
 def schedule_launcher(
     batch: int, ragged: bool, kv_tile: int, device: Device, index: int | None
 ) -> Launcher:
-    return launcher(schedules.variant(batch, ragged, kv_tile), device, index)
+    return launcher(schedules.variant(batch, ragged, kv_tile, device), device, index)
 
 
 LIBRARY.define(
@@ -220,7 +220,11 @@ LIBRARY.define(
 
 
 def make_schedule(
-    kv_lens: torch.Tensor, cu_seqlens_q: torch.Tensor | None, schedule: torch.Tensor, key: list[int]
+    kv_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    schedule: torch.Tensor,
+    key: list[int],
+    recording: Recording | None = None,
 ) -> None:
     """Writes the schedule of the lengths that are on the device now; `key` as `Plan.key`."""
     max_kv_len, batch, s_q, queries, heads, _, parts, kv_tile, row_tile, lanes, overhead, groups = (
@@ -230,7 +234,16 @@ def make_schedule(
     device = devices.of(kv_lens.device)
     run = schedule_launcher(batch, s_q < 0, kv_tile, device, kv_lens.device.index)
     schedules.launch(
-        run, geometry, batch, s_q, queries, heads, max_kv_len, kv_lens, cu_seqlens_q, schedule
+        run if recording is None else recording.launching(run),
+        geometry,
+        batch,
+        s_q,
+        queries,
+        heads,
+        max_kv_len,
+        kv_lens,
+        cu_seqlens_q,
+        schedule,
     )
 
 

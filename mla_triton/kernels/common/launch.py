@@ -8,7 +8,7 @@ again; a `Launcher` keeps the compiled handle and hands the arguments to it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,11 @@ from triton.compiler import ASTSource
 from mla_triton.device import Device
 
 TYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+Grid = tuple[int, int, int]
+Launch = Callable[[Grid, Sequence[Any]], None]
+"""What launches a kernel: takes a grid, and arguments as a `Launcher` does."""
+KNOWN_LAUNCHER = "3.6."
+"""The version of Triton whose launcher is known well enough to call its compiled part alone."""
 ALIGNMENT = 16
 """What an aligned argument is a multiple of: bytes of a pointer, elements of a stride."""
 
@@ -54,6 +59,8 @@ class Variant:
     num_stages: int = 1
     programmatic: bool = False
     """Launched so that it may begin before the kernel before it has ended."""
+    max_registers: int | None = None
+    """Registers of a thread at most, where the compiler can be told (NVIDIA)."""
 
     def compile(self, device: Device) -> Any:
         """Machine code for `device`, as Triton's CompiledKernel; launches nothing, needs no GPU."""
@@ -76,6 +83,8 @@ class Variant:
         }
         if self.programmatic:
             options["launch_pdl"] = True
+        if self.max_registers is not None and device.backend == "cuda":
+            options["maxnreg"] = self.max_registers
         return triton.compile(source, target=target_of(device), options=options)
 
 
@@ -86,13 +95,13 @@ class Launcher:
         self.variant = variant
         self.device = device
         self.index = index
-        self._pointers = sum(kind.startswith("*") for _, kind in variant.types)
+        self.pointers = sum(kind.startswith("*") for _, kind in variant.types)
         self._filler = (None,) * len(variant.constants)
         self._compiled: Any = None
         self._run: Any = None
-        self._head: tuple[Any, Any] = (None, None)
+        self._head: tuple[Any, ...] = ()
 
-    def __call__(self, grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
+    def __call__(self, grid: Grid, arguments: Sequence[Any]) -> None:
         """Launches on the device's current stream.
 
         `arguments` are in the variant's order: pointers first, as tensors (None for one that the
@@ -100,30 +109,28 @@ class Launcher:
         """
         if self.index is None:
             self.variant.function[grid](*arguments, **dict(self.variant.constants))
-        elif torch.cuda.current_device() == self.index:
-            self._launch(grid, arguments)
-        else:
-            with torch.cuda.device(self.index):
-                self._launch(grid, arguments)
+            return
+        count = self.pointers
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in arguments[:count]]
+        launch_in_order([(self, grid, addresses, arguments[count:])])
 
-    def _launch(self, grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
+    def launch(
+        self,
+        stream: int,
+        hooks: tuple[Any, Any] | None,
+        grid: Grid,
+        addresses: Sequence[int | None],
+        numbers: Sequence[Any],
+    ) -> None:
+        """Launches on a stream of the current device, which is this launcher's."""
         if self._run is None:
             self._load()
-        count = self._pointers
-        values = (
-            *[None if tensor is None else tensor.data_ptr() for tensor in arguments[:count]],
-            *arguments[count:],
-            *self._filler,
-        )
-        stream = triton.runtime.driver.active.get_current_stream(self.index)
-        hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
-        metadata = None
-        if any(chain is not None and chain.calls for chain in hooks):
-            metadata = self._compiled.launch_metadata(grid, stream, *values)
+        values = (*addresses, *numbers, *self._filler)
+        if hooks is None:
+            self._run(*grid, stream, *self._head, None, None, None, *values)
         else:
-            # A chain without a hook in it still costs its call.
-            hooks = None, None
-        self._run(*grid, stream, *self._head, metadata, *hooks, *values)
+            metadata = self._compiled.launch_metadata(grid, stream, *values)
+            self._run(*grid, stream, *self._head, metadata, *hooks, *values)
 
     def _load(self) -> None:
         compiled = self.variant.compile(self.device)
@@ -131,3 +138,73 @@ class Launcher:
         self._run = compiled.run
         self._head = (compiled.function, compiled.packed_metadata)
         self._compiled = compiled
+        if triton.__version__.startswith(KNOWN_LAUNCHER):
+            run = compiled.run
+            if not run.global_scratch_size and not run.profile_scratch_size:
+                # What it does in Python is to allocate scratch memory: not for these kernels.
+                self._run = run.launch
+                flags = run.launch_cooperative_grid, run.launch_pdl, None, None
+                self._head = (compiled.function, *flags, compiled.packed_metadata)
+
+
+def launch_in_order(
+    launches: Sequence[tuple[Launcher, Grid, Sequence[int | None], Sequence[Any]]],
+) -> None:
+    """Launches (launcher, grid, addresses, numbers), all of one device, on its current stream."""
+    index = launches[0][0].index
+    if torch.cuda.current_device() == index:
+        _launch_here(index, launches)
+    else:
+        with torch.cuda.device(index):
+            _launch_here(index, launches)
+
+
+def _launch_here(index: int | None, launches: Sequence[Any]) -> None:
+    stream = triton.runtime.driver.active.get_current_stream(index)
+    knobs = triton.knobs.runtime
+    enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
+    # A chain without a hook in it still costs its call.
+    hooks = (enter, leave) if getattr(enter, "calls", 0) or getattr(leave, "calls", 0) else None
+    for launcher, grid, addresses, numbers in launches:
+        launcher.launch(stream, hooks, grid, addresses, numbers)
+
+
+class Recording:
+    """The launches of a call, to be made again for tensors that are alike.
+
+    Everything but addresses stays: kernels, grids, sizes, strides, options. `tensors` are those of
+    the call, in an order that `replay` is given them in, too.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor | None]) -> None:
+        self._given = sum(tensor is not None for tensor in tensors)
+        # None is the address of what a kernel does not read: one place more, at the end.
+        self._places = {id(tensor): place for place, tensor in enumerate(tensors)} | {id(None): -1}
+        self._steps: list[tuple[Launcher, Grid, list[int], Sequence[Any]]] = []
+
+    @property
+    def is_replayable(self) -> bool:
+        """Not if interpreted, nor if one tensor is given twice: the next call's may be two."""
+        distinct = len(self._places) - 1 == self._given
+        return distinct and all(launcher.index is not None for launcher, *_ in self._steps)
+
+    def launching(self, launcher: Launcher) -> Launch:
+        """The launcher, whose launches are recorded as they are made."""
+
+        def launch(grid: Grid, arguments: Sequence[Any]) -> None:
+            count = launcher.pointers
+            places = [self._places[id(tensor)] for tensor in arguments[:count]]
+            self._steps.append((launcher, grid, places, tuple(arguments[count:])))
+            launcher(grid, arguments)
+
+        return launch
+
+    def replay(self, addresses: Sequence[int | None]) -> None:
+        """Makes the launches again, with the tensors at these addresses."""
+        known = (*addresses, None)
+        launch_in_order(
+            [
+                (launcher, grid, [known[place] for place in places], numbers)
+                for launcher, grid, places, numbers in self._steps
+            ]
+        )
