@@ -29,6 +29,8 @@ TORCH_BACKEND ?= cpu
 JOBS ?= 2
 endif
 PYTEST_ARGS ?= -n $(JOBS)
+# What runs compiled where there is a GPU; the rest belongs to the interpreter, or to neither.
+ON_GPU := tests/gpu tests/test_operators.py tests/test_recall.py tests/test_deepseek_v3_layer.py
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -42,7 +44,12 @@ demo: $(VENV)/.demo ## decode the shapes of real models (without a GPU: small on
 	$(BIN)/mla-triton check
 
 test: $(VENV)/.test ## the whole test suite
+ifneq ($(NVIDIA)$(ROCM),)
+	CUDA_VISIBLE_DEVICES= HIP_VISIBLE_DEVICES= $(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) $(ON_GPU)
+else
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+endif
 
 lint: $(VENV)/.lint ## ruff and mypy
 	$(BIN)/ruff check .
