@@ -158,10 +158,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("decode.py: error: this needs a GPU: speed is not measured without", file=sys.stderr)
         return 2
-    command = shlex.join(
-        ["python", "benchmarks/decode.py", *(sys.argv[1:] if argv is None else argv)]
-    )
-    results = run(chosen, baselines, command)
+    words = sys.argv[1:] if argv is None else argv
+    if arguments.output:
+        # The figures are the same wherever a machine keeps its files.
+        words = [word.replace(str(arguments.output), arguments.output.name) for word in words]
+    results = run(chosen, baselines, shlex.join(["python", "benchmarks/decode.py", *words]))
     if arguments.output:
         results_file.write(arguments.output, results)
     print("\n".join(summary(results)))
