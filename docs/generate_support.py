@@ -33,9 +33,10 @@ What runs where, and what was seen. Three kinds of evidence, weakest first:
   shows what they compute, not what a compiler makes of them.
 * **executed**: the machine code ran on a card. `tests/gpu` does that where there is one, and on a
   Hopper card also runs the code made for 8.0, 8.6 and 8.9
-  (see [below](#code-for-80-86-and-89-on-a-hopper-card)). Seen on an NVIDIA H200 with Triton 3.6.0 and
-  PyTorch 2.11.0: all tests of `tests/gpu`, in float16, bfloat16 and float32, and compute-sanitizer's
-  memcheck and racecheck over every kernel without a finding. No other card has been tried.
+  (see [below](#code-for-80-86-and-89-on-a-hopper-card)). Seen on an NVIDIA H200 with Triton 3.6.0
+  and PyTorch 2.11.0: all tests of `tests/gpu`, in float16, bfloat16 and float32, and
+  compute-sanitizer's memcheck and racecheck over every kernel without a finding. No other card has
+  been tried.
 
 | capability | cards | shared memory a program | matrix instructions | variants compiled |
 | --- | --- | --- | --- | --- |
@@ -45,10 +46,10 @@ FOREIGN = """\
 
 PTX made for an older card assembles for a newer one. `tests/gpu/test_sm8x_code.py` uses that: on a
 Hopper card it executes the Ampere and Ada code (mma.sync and cp.async, `.target sm_80`, `sm_86` and
-`sm_89`), with the row tiles and configurations of those cards, against the reference, in float16 and
-bfloat16. That shows that the code Triton makes for these capabilities computes the right thing. It
-does not show that a real card has the shared memory (the tables below do), nor how fast the code is
-there, nor a fault of the older card's assembler or hardware.
+`sm_89`), with the row tiles and configurations of those cards, against the reference, in float16
+and bfloat16. That shows that the code Triton makes for these capabilities computes the right thing.
+It does not show that a real card has the shared memory (the tables below do), nor how fast the code
+is there, nor a fault of the older card's assembler or hardware.
 """
 TABLES = """\
 ## Resources
@@ -56,8 +57,8 @@ TABLES = """\
 Made by `python docs/generate_support.py` with Triton {triton}, whose assembler it uses. *Rows* are
 (query, head) pairs of a program; each line gives the worst of all its page sizes and forms of call.
 *Shared memory* is in bytes a program, *registers* and *spills* (bytes of stack) are a thread's, and
-*in the loop* counts the stack accesses among the instructions of the key loop, which every step
-pays for.
+*in the loop* counts the stack accesses among the instructions of a key loop, which every step pays
+for: of the loops over whole blocks and over the keys around them, the one with the larger share.
 """
 
 
