@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import torch
 
@@ -35,7 +35,7 @@ class Plan:
     partial_out: torch.Tensor | None
     partial_lse: torch.Tensor | None
 
-    @cached_property
+    @property
     def key(self) -> list[int]:
         """The bound of lengths that it was made under, and what it and its decode must agree on."""
         return [self.problem.max_kv_len, *plan_key(self.problem, self.geometry)]

@@ -30,9 +30,8 @@ from mla_triton.problem import DecodeProblem
 ELEMENTS = tl.constexpr(2048)
 """Partial results of one load of a program: 16 registers a thread."""
 NUM_WARPS = 4
-MAX_REGISTERS = 64
 PROGRAMS_PER_SM = 8
-"""As many as those registers allow: what hides the latency of a unit is other units."""
+"""As many as 64 registers a thread allow: what hides the latency of a unit is other units."""
 LEVELS = tl.constexpr(6)
 """A unit takes 2, 4, 16, 32, 64 or 128 pieces in one load; the more, the fewer columns. Up to 4 are
 added up within a thread, so 8 pieces are taken in two turns of 4. More than 128 take several turns,
@@ -203,6 +202,12 @@ def heuristic(problem: DecodeProblem, geometry: Geometry, device: Device) -> Con
     return Config(min(units, max(1, PROGRAMS_PER_SM * device.sm_count // geometry.parts)))
 
 
+def max_registers(problem: DecodeProblem, device: Device) -> int:
+    """Registers of a thread: for eight programs an SM, or what it takes not to spill in a loop."""
+    is_desktop_blackwell = device.has_tma and not (device.has_wgmma or device.has_tcgen05)
+    return 80 if problem.value_dim < 512 or is_desktop_blackwell else 64
+
+
 def variant(problem: DecodeProblem, device: Device) -> Variant:
     return Variant(
         combine_kernel,
@@ -221,7 +226,7 @@ def variant(problem: DecodeProblem, device: Device) -> Variant:
         ALIGNED if problem.aligned else frozenset({"partial_out"}),
         NUM_WARPS,
         programmatic=device.has_programmatic_launch,
-        max_registers=MAX_REGISTERS,
+        max_registers=max_registers(problem, device),
     )
 
 

@@ -269,7 +269,8 @@ def variant(batch: int, ragged: bool, kv_tile: int, device: Device) -> Variant:
             ("KV_TILE", kv_tile),
             ("RAGGED", ragged),
             ("BLOCK_B", block),
-            ("ONE_BLOCK", batch <= block),
+            # Without a request there is nothing to look at, not even once.
+            ("ONE_BLOCK", 0 < batch <= block),
             ("PROGRAMMATIC", device.has_programmatic_launch),
         ),
         frozenset(),

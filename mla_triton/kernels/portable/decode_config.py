@@ -66,7 +66,7 @@ def shared_memory(config: Config, problem: DecodeProblem, device: Device, row_ti
     if row_tile < 64:
         return tile * in_flight + queries + probabilities + SCRATCH
     if device.has_tcgen05:
-        return (tile + values) * (in_flight + 1) + queries + SCRATCH
+        return (tile + values) * (in_flight + 1) + queries + 2 * SCRATCH
     if device.has_wgmma:
         return tile * (in_flight + 1) + queries + SCRATCH
     return tile * in_flight + queries + probabilities + SCRATCH
