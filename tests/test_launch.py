@@ -127,6 +127,14 @@ def test_a_kernel_with_scratch_memory_goes_through_all_of_the_launcher(compiled)
     assert len(compiled.launches) == 1
 
 
+def test_other_backends_go_through_all_of_the_launcher(compiled):
+    launcher, arguments = decode_launch()
+    launcher.device = devices.from_label("gfx942")
+    compiled.run = lambda *arguments: compiled.launches.append(arguments)
+    launcher((3, 4, 1), arguments)
+    assert len(compiled.launches) == 1
+
+
 def test_a_recording_is_replayed_with_other_addresses(compiled):
     launcher, arguments = decode_launch()
     tensors = [a for a in arguments if isinstance(a, torch.Tensor)]

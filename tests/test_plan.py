@@ -216,8 +216,10 @@ def test_device_twin_adds_up_more_requests_than_a_block():
     assert run_device_schedule(kv_lens, None, 16, shape) == expected
 
 
-def test_device_twin_stays_in_bounds_on_broken_cu_seqlens():
-    """Query bounds that fall and exceed the batch write nothing past the schedule's end."""
+@pytest.mark.parametrize("offsets", [[0, 2**30, -9, 3], [0, 4, 0, 4]], ids=["wild", "twice"])
+def test_device_twin_stays_in_bounds_on_broken_cu_seqlens(offsets):
+    """Query bounds that fall and exceed the batch write nothing past the schedule's end, and name
+    no group past its last row."""
     shape = geometry(4, max_groups=3)
     size = device_schedule.result_size(shape)
     guarded = torch.full((size + 64,), -7, dtype=torch.int32)
@@ -229,10 +231,11 @@ def test_device_twin_stays_in_bounds_on_broken_cu_seqlens():
         4,
         16,
         2**31 - 1,
-        torch.tensor([10, 2**31 - 1, -4], dtype=torch.int32),
-        torch.tensor([0, 2**30, -9, 3], dtype=torch.int32),
+        torch.tensor([10, 2**31 - 1, 3000], dtype=torch.int32),
+        torch.tensor(offsets, dtype=torch.int32),
         guarded,
     )
     assert (guarded[size:] == -7).all()
-    cuts = guarded[2 : 2 + 2 * 5 : 2]
-    assert ((cuts >= 0) & (cuts <= 3)).all()
+    groups, tiles = guarded[2 : 2 + 2 * 5].view(-1, 2).unbind(1)
+    assert ((groups >= 0) & (groups <= 3)).all()
+    assert (tiles[groups == 3] == 0).all(), "a tile of a group that has no row"

@@ -24,7 +24,8 @@ Grid = tuple[int, int, int]
 Launch = Callable[[Grid, Sequence[Any]], None]
 """What launches a kernel: takes a grid, and arguments as a `Launcher` does."""
 KNOWN_LAUNCHER = "3.6."
-"""The version of Triton whose launcher is known well enough to call its compiled part alone."""
+"""The version of Triton whose launcher for NVIDIA is known well enough to call its compiled part
+alone."""
 ALIGNMENT = 16
 """What an aligned argument is a multiple of: bytes of a pointer, elements of a stride."""
 
@@ -138,7 +139,7 @@ class Launcher:
         self._run = compiled.run
         self._head = (compiled.function, compiled.packed_metadata)
         self._compiled = compiled
-        if triton.__version__.startswith(KNOWN_LAUNCHER):
+        if self.device.backend == "cuda" and triton.__version__.startswith(KNOWN_LAUNCHER):
             run = compiled.run
             if not run.global_scratch_size and not run.profile_scratch_size:
                 # What it does in Python is to allocate scratch memory: not for these kernels.

@@ -2,11 +2,10 @@
 parts.
 
 What: kv_lens (and cu_seqlens_q) -> where the line of groups is cut, and which parts hold a group.
-Where: every GPU. Work: program p <= parts computes cut p, which ends part p - 1 and begins part
-    p; the
-programs after them write the groups of `BLOCK_B` requests each. Every program adds up all requests
-for itself (prefix sums over blocks of `BLOCK_B`), so none waits for another. Budget: no shared
-memory but what the reductions take.
+Where: every GPU. Work: program p <= parts computes cut p, which ends part p - 1 and begins part p;
+the programs after them write the groups of `BLOCK_B` requests each. Every program adds up all
+requests for itself (prefix sums over blocks of `BLOCK_B`), so none waits for another. Budget: no
+shared memory but what the reductions take.
 
 `mla_triton.plan.schedule` is the definition, and the names here are its names. Sums are int64: no
 lengths that an engine could pass overflow them.
@@ -87,7 +86,7 @@ def divide(numerator, denominator, is_narrow):
     """Non-negative `numerator // denominator`, int64; in 32 bits where `is_narrow` says they fit.
 
     A division of 64 bits is a subroutine of a hundred instructions, and a batch that needs one has
-    more than 2**31 tiles.
+    more than 2**30 tiles.
     """
     if is_narrow:
         quotient = (numerator.to(tl.int32) // denominator.to(tl.int32)).to(tl.int64)
@@ -243,6 +242,8 @@ def schedule_kernel(
         group = tl.where(even, group, group + after.to(tl.int64))
         tile = tl.where(even, tile * cut_piece, packed_tile)
         group = tl.where(past, count, group)
+        # Offsets that lie may ask for more groups than there are rows: none is cut then.
+        past |= group >= max_groups
         tl.store(result + HEADER + CUT * program, tl.minimum(group, max_groups).to(tl.int32))
         tl.store(result + HEADER + CUT * program + 1, tl.where(past, 0, tile))
         if program == 0:
