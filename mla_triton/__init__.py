@@ -9,6 +9,7 @@ from mla_triton.cache import CSRPageTable, LatentCache
 from mla_triton.ops.decode import decode
 from mla_triton.ops.plan import Plan, plan
 from mla_triton.state import AttentionState
+from mla_triton.tuning import tune, warmup
 
 __version__ = "0.1.0"
 
@@ -19,4 +20,6 @@ __all__ = [
     "Plan",
     "decode",
     "plan",
+    "tune",
+    "warmup",
 ]

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 import mla_triton
+from mla_triton import configs, select, validate
 from mla_triton import device as devices
-from mla_triton import select, validate
 from mla_triton.testing import MODELS, DecodeInputs, compare, decode_budget, decode_inputs
 
 LONG = (32768, 16384, *[2048] * 8, *[1024] * 12, *[512] * 8, 4097, 130, 65, 64, 63, 1, 0)
@@ -212,7 +212,7 @@ def _what_runs(inputs: DecodeInputs) -> tuple[str, str]:
     chosen = select.decode(problem, device)
     if chosen.name == "reference":
         return chosen.name, "-"
-    config = str(chosen.module.heuristic(problem, device))
+    config = str(configs.choose(chosen.module, problem, device).config)
     return chosen.name, config.removeprefix("Config(").removesuffix(")").replace("num_", "")
 
 

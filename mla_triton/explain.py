@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, fields
 from typing import Any
 
-from mla_triton import select
+from mla_triton import configs, select
 from mla_triton.device import Device
-from mla_triton.kernels.portable import decode_config
 from mla_triton.plan import Geometry, schedule
 from mla_triton.problem import DecodeProblem
 
@@ -43,9 +42,14 @@ def decode(
         "schedule": None,
     }
     if selection.name != "reference":
-        config, reason = decode_config.choose(problem, device)
+        choice = configs.choose(selection.module, problem, device)
         geometry = selection.module.geometry(problem, device)
-        facts["config"] = {"text": str(config), "reason": reason, **asdict(config)}
+        facts["config"] = {
+            "text": str(choice.config),
+            "source": choice.source,
+            "reason": choice.reason,
+            **asdict(choice.config),
+        }
         facts["geometry"] = asdict(geometry) | {"programs": geometry.lanes * geometry.parts}
         facts["schedule"] = _schedule_facts(problem, geometry, kv_len)
     return facts

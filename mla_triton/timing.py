@@ -21,6 +21,7 @@ MIN_GRAPH_MICROSECONDS = 1000
 """What a graph takes at least, so that its own start weighs little."""
 BURST_MICROSECONDS = 30_000
 """Replays go on for about so long: a longer load would make a card lower its clocks."""
+GLANCES = 3
 MIN_REPLAYS, MAX_REPLAYS = 5, 200
 READ_BYTES = 8 << 30
 READ_BLOCK = 16384
@@ -40,12 +41,11 @@ def rotate(
 
 
 def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    """One graph of all calls, each called once before to compile it and fill its caches."""
+    """One graph of all calls; the first is called once before, to compile what they launch."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for call in calls:
-            call()
+        calls[0]()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -55,10 +55,12 @@ def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def replay_microseconds(graph: torch.cuda.CUDAGraph) -> float:
+def replay_microseconds(
+    graph: torch.cuda.CUDAGraph, burst_microseconds: float = BURST_MICROSECONDS
+) -> float:
     """Median time of one replay, over one burst of them."""
     (probe,) = _replay_times(graph, 1)
-    wanted = int(BURST_MICROSECONDS / max(probe, 1.0))
+    wanted = int(burst_microseconds / max(probe, 1.0))
     return statistics.median(_replay_times(graph, min(max(wanted, MIN_REPLAYS), MAX_REPLAYS)))
 
 
@@ -76,13 +78,23 @@ def _replay_times(graph: torch.cuda.CUDAGraph, replays: int) -> list[float]:
     return [start.elapsed_time(end) * 1e3 for start, end in events]
 
 
+def glance_microseconds(calls: Sequence[Callable[[], object]]) -> float:
+    """About the time of one call: of few replays, and of no more calls than are given."""
+    return min(_replay_times(capture(calls), GLANCES)) / len(calls)
+
+
+def graph_of(
+    calls: Sequence[Callable[[], object]], microseconds_each: float
+) -> tuple[torch.cuda.CUDAGraph, int]:
+    """(a graph of the calls in rotation, how many calls that makes)."""
+    many = rotate(calls, microseconds_each * len(calls))
+    return capture(many), len(many)
+
+
 def microseconds(calls: Sequence[Callable[[], object]]) -> float:
     """Median time of one call; the calls must be enough to keep each other's inputs cold."""
-    graph = capture(calls)
-    many = rotate(calls, *_replay_times(graph, 1))
-    if len(many) > len(calls):
-        graph = capture(many)
-    return replay_microseconds(graph) / len(many)
+    graph, count = graph_of(calls, glance_microseconds(calls))
+    return replay_microseconds(graph) / count
 
 
 @triton.jit

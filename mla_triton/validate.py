@@ -460,12 +460,18 @@ def _rows_aligned(tensor: Layout) -> bool:
 def _row_step(tensor: Layout | None, columns: int, tokens: int, heads: int) -> int:
     """Elements from one (query token, head) row to the next; 0 where it varies or is unknown.
 
-    `columns` is the number of dimensions behind the heads.
+    `columns` is the number of dimensions behind the heads. A step that is as long as the batch is
+    large, as a batched product with `W_UK` leaves it, counts as varying: kernels are compiled for
+    a step, and a batch must never ask for one of its own.
     """
     if tensor is None:
         return 0
-    token_step, head_step = tensor.strides[len(tensor.strides) - columns - 2 :][:2]
-    if any(isinstance(size, torch.SymInt) for size in (tokens, heads, token_step, head_step)):
+    outer = len(tensor.strides) - columns - 2
+    token_step, head_step = tensor.strides[outer : outer + 2]
+    sizes = (tokens, heads, token_step, head_step, tensor.shape[0], tensor.strides[0])
+    if any(isinstance(size, torch.SymInt) for size in sizes):
+        return 0
+    if outer and tensor.shape[0] != 1 and tensor.strides[0] < head_step:
         return 0
     if heads == 1:
         step = ALIGNMENT if tokens == 1 else token_step

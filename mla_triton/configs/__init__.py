@@ -1,18 +1,13 @@
-"""Where tuned configurations and other results of this machine are kept."""
+"""Which config a call gets: the user's own cache, the shipped table of the card, or the heuristic.
 
-from __future__ import annotations
+directory.py   where the user's cache lies
+table.py       rows, file format, the rule of the nearest batch and length
+shipped.py     the tables of this package, sm80.json to sm120.json
+store.py       the user's cache: read with warnings, written whole
+lookup.py      from a problem to a config, with the reason
+"""
 
-import os
-from pathlib import Path
+from mla_triton.configs.directory import cache_directory
+from mla_triton.configs.lookup import Choice, choose, forget, length_bucket
 
-
-def cache_directory() -> Path:
-    """The user's own cache, made by whoever first writes to it.
-
-    `MLA_TRITON_CACHE_DIR`, or `mla_triton` below `XDG_CACHE_HOME` (`~/.cache`).
-    """
-    named = os.environ.get("MLA_TRITON_CACHE_DIR")
-    if named:
-        return Path(named).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "mla_triton"
+__all__ = ["Choice", "cache_directory", "choose", "forget", "length_bucket"]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache, partial
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from mla_triton import debug, reference, select, validate
+from mla_triton import configs, debug, reference, select, validate
 from mla_triton import device as devices
 from mla_triton.cache import CSRPageTable, LatentCache
 from mla_triton.device import Device
 from mla_triton.kernels.common import combine
-from mla_triton.kernels.common.launch import Launcher, Recording
+from mla_triton.kernels.common.launch import Launch, Launcher, Recording
 from mla_triton.kernels.common.tensors import DecodeTensors
 from mla_triton.ops import recall
 from mla_triton.ops.library import LIBRARY
@@ -133,6 +134,13 @@ def decode(
 RECALLED = recall.Memory(own=slice(8, 11), wide=(0, 1, 2, 3, 11))
 """Earlier calls. Their own: schedule and partial results. Wide: queries, cache and out."""
 
+
+def forget() -> None:
+    """Lets the next call look its config up again."""
+    prepare.cache_clear()
+    RECALLED.clear()
+
+
 LIBRARY.define(
     "decode(Tensor q_nope, Tensor? q_rope, Tensor ckv, Tensor? kpe, Tensor pages, Tensor? indptr, "
     "Tensor kv_lens, Tensor? cu_seqlens_q, Tensor? schedule, Tensor(a!)? partial_out, "
@@ -159,9 +167,23 @@ def prepare(
     device: Device,
     index: int | None,
     parts: int | None,
+    length: int,
 ) -> Prepared:
+    """`length` is the bucket of the problem's longest keys, which equal problems may differ in."""
+    config = configs.choose(implementation, problem, device).config
+    return prepare_with(config, implementation, problem, device, index, parts)
+
+
+def prepare_with(
+    config: Any,
+    implementation: ModuleType,
+    problem: DecodeProblem,
+    device: Device,
+    index: int | None,
+    parts: int | None = None,
+) -> Prepared:
+    """The same with a config that is given rather than looked up."""
     geometry = implementation.geometry(problem, device, parts)
-    config = implementation.heuristic(problem, device)
     combine_config = combine.heuristic(problem, geometry, device)
     return Prepared(
         geometry,
@@ -170,6 +192,20 @@ def prepare(
         combine_config,
         launcher(combine.variant(problem, device), device, index),
     )
+
+
+def launch(
+    ready: Prepared,
+    implementation: ModuleType,
+    problem: DecodeProblem,
+    tensors: DecodeTensors,
+    launching: Callable[[Launcher], Launch],
+) -> None:
+    """Attention, then the merge of what was cut; `launching` says how a launcher is used."""
+    implementation.launch(launching(ready.kernel), problem, ready.geometry, tensors)
+    if ready.geometry.parts > 1:
+        merge = launching(ready.combine)
+        combine.launch(merge, problem, ready.combine_config, ready.geometry, tensors)
 
 
 def _decode(
@@ -229,7 +265,8 @@ def _decode(
     )  # fmt: skip
     options = (softmax_scale, causal, value_dim, max_kv_len, allow_tf32, planned, impl)
     parts = None if planned is None else planned_parts(planned)
-    ready = prepare(chosen.module, problem, device, q_nope.device.index, parts)
+    length = configs.length_bucket(problem.max_kv_len)
+    ready = prepare(chosen.module, problem, device, q_nope.device.index, parts, length)
     make_own = None
     if planned is None:
         planned = [problem.max_kv_len, *ready.key]
@@ -249,10 +286,7 @@ def _decode(
         make_schedule(kv_lens, cu_seqlens_q, schedule, planned, recording)
     if verify:
         debug.check_schedule(schedule, make_schedule, kv_lens, cu_seqlens_q, planned)
-    chosen.module.launch(recording.launching(ready.kernel), problem, ready.geometry, tensors)
-    if ready.geometry.parts > 1:
-        merge = recording.launching(ready.combine)
-        combine.launch(merge, problem, ready.combine_config, ready.geometry, tensors)
+    launch(ready, chosen.module, problem, tensors, recording.launching)
     RECALLED.keep(given, options, recording, make_own)
 
 

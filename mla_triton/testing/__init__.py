@@ -3,6 +3,7 @@
 `mla_triton.testing.strategies`, which draws problems for hypothesis, is imported by its own name.
 """
 
+from mla_triton.models import MODELS, Model
 from mla_triton.testing.budget import (
     DecodeBudget,
     Report,
@@ -11,7 +12,6 @@ from mla_triton.testing.budget import (
     decode_budget,
 )
 from mla_triton.testing.inputs import check_inputs
-from mla_triton.testing.models import MODELS, Model
 from mla_triton.testing.problems import DecodeInputs, decode_inputs, untouched_padding
 
 __all__ = [

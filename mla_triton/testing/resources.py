@@ -68,20 +68,32 @@ def _most_spilling(loops: list[list[str]], access: str, instruction: str) -> tup
     return max(counts, key=lambda count: (count[0] / max(1, count[1]), count[1]), default=(0, 0))
 
 
-def _nvidia(compiled: Any) -> Resources:
+def spilled(compiled: Any) -> int:
+    """Bytes of stack a thread: `read(compiled).spilled`, without a look at the instructions."""
+    if "cubin" in compiled.asm:
+        return int(_usage(compiled)["STACK"])
+    return _amd(compiled).spilled
+
+
+def _usage(compiled: Any) -> dict[str, str]:
+    return dict(re.findall(r"(REG|STACK):(\d+)", _tool(compiled, "cuobjdump", "-res-usage")))
+
+
+def _tool(compiled: Any, name: str, *options: str) -> str:
+    """What one of the tools that come with Triton says of machine code for NVIDIA."""
     import triton
 
     tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [os.path.join(tools, name), *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    def disassemble(tool: str, *options: str) -> str:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            command = [os.path.join(tools, tool), *options, file.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    usage = dict(re.findall(r"(REG|STACK):(\d+)", disassemble("cuobjdump", "-res-usage")))
-    lines = disassemble("nvdisasm", "-c").splitlines()
+def _nvidia(compiled: Any) -> Resources:
+    usage = _usage(compiled)
+    lines = _tool(compiled, "nvdisasm", "-c").splitlines()
     matrix = r"\b(HMMA|HGMMA|UTC\w*MMA|FFMA)\b"
     loops = innermost_matrix_loops(lines, r"\s*(\.L_x_\d+):", r"BRA.*`\((\.L_x_\d+)\)", matrix)
     spills, instructions = _most_spilling(loops, r"\b(STL|LDL)\b", r";\s*$|;\s*/\*")

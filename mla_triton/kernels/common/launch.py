@@ -9,7 +9,8 @@ again; a `Launcher` keeps the compiled handle and hands the arguments to it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -65,16 +66,41 @@ class Variant:
 
     def compile(self, device: Device) -> Any:
         """Machine code for `device`, as Triton's CompiledKernel; launches nothing, needs no GPU."""
+        return self._compile(ASTSource, device)
+
+    def is_compiled(self, device: Device) -> bool:
+        """Whether Triton's cache holds the machine code; compiles nothing."""
+        try:
+            self._compile(CachedSource, device)
+        except NotCompiled:
+            return False
+        return True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process, where the function is imported: there it may be compiled though it
+        is interpreted here."""
+        function = self.function.fn
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        del values["function"]
+        return _variant_of, (function.__module__, function.__name__, values)
+
+    def _compile(self, source_type: type[ASTSource], device: Device) -> Any:
         names = self.function.arg_names
         constants = dict(self.constants)
         signature = dict(self.types) | dict.fromkeys(constants, "constexpr")
         if tuple(signature) != tuple(names):
             raise ValueError(f"arguments of {self.function.__name__} must be {names}")
-        source = ASTSource(
+        source = source_type(
             self.function,
             signature,
             {(names.index(name),): value for name, value in constants.items()},
-            {(names.index(name),): [["tt.divisibility", ALIGNMENT]] for name in self.aligned},
+            # In order: Triton's cache key is made of this mapping's text, and a set's order is
+            # another in every process.
+            {
+                (place,): [["tt.divisibility", ALIGNMENT]]
+                for place, name in enumerate(names)
+                if name in self.aligned
+            },
         )
         # Said, because Triton 3.10 turns its default round.
         options = {
@@ -87,6 +113,21 @@ class Variant:
         if self.max_registers is not None and device.backend == "cuda":
             options["maxnreg"] = self.max_registers
         return triton.compile(source, target=target_of(device), options=options)
+
+
+def _variant_of(module: str, name: str, values: dict[str, Any]) -> Variant:
+    return Variant(getattr(import_module(module), name), **values)
+
+
+class NotCompiled(Exception):
+    """Triton's cache does not hold a kernel."""
+
+
+class CachedSource(ASTSource):  # type: ignore[misc]
+    """A source that Triton finds in its cache, or not at all."""
+
+    def make_ir(self, *_: Any, **__: Any) -> Any:
+        raise NotCompiled
 
 
 class Launcher:
@@ -125,7 +166,7 @@ class Launcher:
     ) -> None:
         """Launches on a stream of the current device, which is this launcher's."""
         if self._run is None:
-            self._load()
+            self.load()
         values = (*addresses, *numbers, *self._filler)
         if hooks is None:
             self._run(*grid, stream, *self._head, None, None, None, *values)
@@ -133,7 +174,8 @@ class Launcher:
             metadata = self._compiled.launch_metadata(grid, stream, *values)
             self._run(*grid, stream, *self._head, metadata, *hooks, *values)
 
-    def _load(self) -> None:
+    def load(self) -> None:
+        """Puts the code, compiled if need be, on the current device, which is this launcher's."""
         compiled = self.variant.compile(self.device)
         # `run` puts the code on the current device and gives its launcher.
         self._run = compiled.run

@@ -44,18 +44,25 @@ from mla_triton.kernels.common.tiles import (
     online_softmax_update,
 )
 from mla_triton.kernels.portable.decode_config import (
+    NAME,
+    OP,
     Config,
     choose,
     geometry,
     heuristic,
     is_valid,
     precision,
+    row_tile,
+    search_space,
+    tuning_point,
     why_not,
 )
 from mla_triton.plan import Geometry
 from mla_triton.problem import DecodeProblem
 
 __all__ = [
+    "NAME",
+    "OP",
     "Config",
     "choose",
     "compile",
@@ -63,6 +70,9 @@ __all__ = [
     "heuristic",
     "is_valid",
     "launch",
+    "row_tile",
+    "search_space",
+    "tuning_point",
     "variant",
     "why_not",
 ]

@@ -7,6 +7,7 @@ problem and the card alone, so that a plan can be shared by layers and survives 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +16,8 @@ from mla_triton.device import KIB, Device
 from mla_triton.plan import Geometry, cdiv
 from mla_triton.problem import DecodeProblem
 
+OP = "decode"
+NAME = "portable"
 KV_TILE = 32
 """Keys of a schedule tile. Any `block_n` works with it: what a piece has before and behind its
 whole blocks is taken in steps of a tile."""
@@ -23,10 +26,15 @@ OVERHEAD = 4
 MAX_RAGGED_LANES = 64
 ENOUGH_PARTS = 4
 """With fewer parts than this in one wave of programs, several waves balance better than one."""
+MAX_BLOCK_N, MAX_STAGES = 256, 6
+WARPS = (1, 2, 4, 8)
 SCRATCH = KIB
 """Shared memory of reductions, page ids and changes of layout."""
 SM_RESERVED = KIB
 """Shared memory that the driver keeps of every program."""
+
+Items = tuple[tuple[str, str | int], ...]
+"""A key of tuned configs, sorted by name."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +95,21 @@ def why_not(problem: DecodeProblem, device: Device) -> str | None:
 
 
 def is_valid(
-    config: Config, problem: DecodeProblem, device: Device, row_tile: int
+    config: Config, problem: DecodeProblem, device: Device, rows: int | None = None
 ) -> tuple[bool, str]:
-    """Whether a config can be compiled and launched, with the rule that decides it."""
-    if config.block_n < 16 or config.block_n & (config.block_n - 1):
-        return False, f"block_n must be a power of two from 16 on, got {config.block_n}"
-    needed = shared_memory(config, problem, device, row_tile)
+    """Whether a config can be compiled and launched, with the rule that decides it.
+
+    `rows` is the row tile, by default that of the problem.
+    """
+    if not 16 <= config.block_n <= MAX_BLOCK_N or config.block_n & (config.block_n - 1):
+        rule = f"block_n must be a power of two in [16, {MAX_BLOCK_N}]"
+        return False, f"{rule}, got {config.block_n}"
+    if config.num_warps not in WARPS:
+        return False, f"num_warps must be one of {WARPS}, got {config.num_warps}"
+    if not 1 <= config.num_stages <= MAX_STAGES:
+        return False, f"num_stages must be in [1, {MAX_STAGES}], got {config.num_stages}"
+    rows = row_tile(problem, device) if rows is None else rows
+    needed = shared_memory(config, problem, device, rows)
     if needed > device.shared_memory:
         return (
             False,
@@ -232,3 +249,46 @@ def geometry(problem: DecodeProblem, device: Device, parts: int | None = None) -
         if parts < ENOUGH_PARTS:
             parts = max(1, ENOUGH_PARTS * slots // lanes)
     return Geometry(KV_TILE, tile, lanes, parts, OVERHEAD, max_groups)
+
+
+# -- tuning
+
+MAX_S_Q_BUCKET = 4
+PAGE_BUCKETS = (64, 16, 1)
+
+
+def tuning_point(problem: DecodeProblem, device: Device) -> tuple[Items, int, int] | None:
+    """(key, batch, length) that a problem is looked up by; None where only the heuristic serves.
+
+    Heads and query tokens count as the next power of two, a page as the largest of `PAGE_BUCKETS`
+    that divides it: the same instructions, with other masks. float32, misaligned rows and Triton's
+    interpreter have one config each.
+    """
+    is_gpu = device.backend in ("cuda", "hip")
+    if not is_gpu or problem.dtype == torch.float32 or not problem.aligned:
+        return None
+    key: dict[str, str | int] = {
+        "dtype": str(problem.dtype).removeprefix("torch."),
+        "format": "16bit",
+        "latent": problem.latent,
+        "rope": problem.rope,
+        "value_dim": problem.value_dim,
+        "heads": bucket(problem.heads),
+        "s_q": min(bucket(problem.mean_s_q), MAX_S_Q_BUCKET),
+        "page_size": next(page for page in PAGE_BUCKETS if problem.page_size % page == 0),
+        "row_tile": row_tile(problem, device),
+    }
+    return tuple(sorted(key.items())), max(1, problem.batch), problem.max_kv_len
+
+
+def bucket(size: int) -> int:
+    """The smallest power of two that is not below `size`."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def search_space(problem: DecodeProblem, device: Device) -> Iterator[Config]:
+    """Every config worth timing, valid or not; which are is for `is_valid` to say."""
+    for block_n in (16, 32, 64, 128):
+        for num_warps in (4, 8):
+            for num_stages in (2, 3, 4, 5):
+                yield Config(block_n, num_warps, num_stages)

@@ -1,8 +1,10 @@
-"""The attention shapes of models that are served today."""
+"""The attention shapes of models that are served today, and of any other by its configuration."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -54,3 +56,47 @@ MODELS = {
     "LongCat-Flash": Model(64, 512, 128, 64, 128, 128 * _K),
     "DeepSeek-V4-Flash": Model(64, 448, 448, 64, 512, 1024 * _K, rope_in_value=True),
 }
+
+FIELDS = {
+    "heads": "num_attention_heads",
+    "latent": "kv_lora_rank",
+    "nope": "qk_nope_head_dim",
+    "rope": "qk_rope_head_dim",
+    "v": "v_head_dim",
+    "context": "max_position_embeddings",
+}
+"""Where a Hugging Face `config.json` says what."""
+TEXT_PARTS = ("text_config", "language_config")
+"""Where models of several modalities keep the configuration of their language model."""
+
+
+def named(name: str) -> Model:
+    """A model by its name, in any case; ValueError where it is not known."""
+    by_name = {known.lower(): model for known, model in MODELS.items()}
+    if name.lower() not in by_name:
+        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
+    return by_name[name.lower()]
+
+
+def from_config(config: Mapping[str, Any]) -> Model:
+    """The attention of a Hugging Face `config.json`, read.
+
+    Raises ValueError naming the field that is missing or is no positive whole number.
+    """
+    for part in TEXT_PARTS:
+        if isinstance(config.get(part), Mapping) and FIELDS["latent"] not in config:
+            config = config[part]
+    sizes: dict[str, Any] = {}
+    for name, field in FIELDS.items():
+        size = config.get(field)
+        if type(size) is not int or size < (0 if name == "rope" else 1):
+            raise ValueError(f"config must have {field}, a positive whole number, got {size!r}")
+        sizes[name] = size
+    return Model(**sizes)
+
+
+def rank_heads(heads: int, ranks: int) -> int:
+    """Heads of one of `ranks` GPUs; ValueError where they cannot be shared evenly."""
+    if ranks < 1 or heads % ranks:
+        raise ValueError(f"tp must divide the {heads} heads of the model, got {ranks}")
+    return heads // ranks

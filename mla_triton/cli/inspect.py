@@ -1,9 +1,4 @@
-"""The command line: what is in this machine, what would run on a card, and whether it is right.
-
-mla-triton info       devices, versions, caches
-mla-triton explain    which implementation decodes a shape on a card, how, and why not the others
-mla-triton check      decode the shapes of real models and compare with the float64 reference
-"""
+"""What is in this machine, what would run on a card, and whether it is right."""
 
 from __future__ import annotations
 
@@ -13,53 +8,31 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, NoReturn
 
 import torch
 
 import mla_triton
 from mla_triton import device as devices
 from mla_triton import explain as explanation
+from mla_triton.cli.options import DTYPES, Commands, add_command, natural, positive, show
 from mla_triton.configs import cache_directory
 from mla_triton.explain import device_facts, device_line
+from mla_triton.models import MODELS, Model
 from mla_triton.problem import DecodeProblem, RowSteps
-from mla_triton.testing import MODELS, Model
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MAX_HEADS = 128
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, and leaves the usage to `--help`."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code, or raises SystemExit(2) on bad arguments."""
-    arguments = parser().parse_args(argv)
-    exit_code: int = arguments.run(arguments)
-    return exit_code
-
-
-def parser() -> Parser:
-    top = Parser("mla-triton", description="Multi-head Latent Attention for Triton.")
-    top.add_argument("--version", action="version", version=f"mla-triton {mla_triton.__version__}")
-    commands = top.add_subparsers(metavar="command", required=True)
+def add_commands(commands: Commands) -> None:
     for name, run, about in (
         ("info", info, "devices, versions and caches of this machine"),
         ("explain", explain, "what would run on a card, with which config, and why"),
         ("check", check, "decode the shapes of real models and compare with float64"),
     ):
-        command = commands.add_parser(name, help=about, description=about)
-        command.add_argument("--json", action="store_true", help="machine-readable output")
-        command.set_defaults(run=run, parser=command)
+        command = add_command(commands, name, run, about)
         if name == "explain":
             _add_shape(command)
-    return top
 
 
 def _add_shape(command: argparse.ArgumentParser) -> None:
@@ -67,35 +40,19 @@ def _add_shape(command: argparse.ArgumentParser) -> None:
     add("--capability", metavar="LABEL", help='"8.9", "gfx942", "cpu"; default: what is here')
     add("--impl", metavar="NAME", help="ask for one implementation; never replaced by another")
     add("--model", metavar="NAME", help="take heads and widths from a model")
-    add("--tp", type=_positive, default=1, metavar="N", help="ranks that share the model's heads")
-    add("--heads", type=_positive, help="heads of one rank (default 128)")
-    add("--latent", type=_positive, help="default 512")
-    add("--rope", type=_natural, help="default 64")
-    add("--value-dim", type=_positive, help="default: latent")
+    add("--tp", type=positive, default=1, metavar="N", help="ranks that share the model's heads")
+    add("--heads", type=positive, help="heads of one rank (default 128)")
+    add("--latent", type=positive, help="default 512")
+    add("--rope", type=natural, help="default 64")
+    add("--value-dim", type=positive, help="default: latent")
     add("--dtype", choices=DTYPES, default="bfloat16")
-    add("--batch", type=_positive, default=16)
-    add("--s-q", type=_positive, default=1, help="query tokens of a request")
-    add("--kv-len", type=_natural, default=4096, help="cached tokens of a request")
-    add("--page-size", type=_positive, default=64)
+    add("--batch", type=positive, default=16)
+    add("--s-q", type=positive, default=1, help="query tokens of a request")
+    add("--kv-len", type=natural, default=4096, help="cached tokens of a request")
+    add("--page-size", type=positive, default=64)
     add("--csr", action="store_true", help="page table in CSR form")
     add("--ragged", action="store_true", help="query tokens by cu_seqlens_q, --s-q on average")
     add("--no-causal", action="store_true")
-
-
-def _positive(text: str) -> int:
-    return _at_least(1, text)
-
-
-def _natural(text: str) -> int:
-    return _at_least(0, text)
-
-
-def _at_least(lowest: int, text: str) -> int:
-    if not text.isdecimal() or int(text) < lowest:
-        raise argparse.ArgumentTypeError(
-            f"must be a whole number of at least {lowest}, got {text!r}"
-        )
-    return int(text)
 
 
 def info(arguments: argparse.Namespace) -> int:
@@ -126,7 +83,7 @@ def info(arguments: argparse.Namespace) -> int:
         f"cache       {facts['cache_directory']}",
         f"            {facts['triton_cache_directory']} (Triton's own)",
     ]
-    _show(facts, arguments, lines)
+    show(facts, arguments, lines)
     return 0
 
 
@@ -138,7 +95,7 @@ def explain(arguments: argparse.Namespace) -> int:
         facts = explanation.decode(_problem(arguments), device, arguments.kv_len, arguments.impl)
     except (ValueError, NotImplementedError) as error:
         arguments.parser.error(str(error))
-    _show(facts, arguments, explanation.lines(facts))
+    show(facts, arguments, explanation.lines(facts))
     return 0
 
 
@@ -230,7 +187,3 @@ def _interpreted(arguments: argparse.Namespace) -> int:
     """The same command in a child whose Triton interprets: it decides that when it is imported."""
     command = [sys.executable, "-m", "mla_triton", "check", *(["--json"] * arguments.json)]
     return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode
-
-
-def _show(facts: Any, arguments: argparse.Namespace, lines: Sequence[str]) -> None:
-    print(json.dumps(facts, indent=2) if arguments.json else "\n".join(lines))

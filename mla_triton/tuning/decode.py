@@ -1,0 +1,153 @@
+"""How a decode is tried out: inputs on the GPU, one call with a given config, and its judge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from mla_triton import timing
+from mla_triton.device import Device
+from mla_triton.kernels.common.launch import Variant
+from mla_triton.kernels.common.tensors import DecodeTensors
+from mla_triton.ops import decode as operation
+from mla_triton.ops.plan import buffers, make_schedule, plan_key
+from mla_triton.problem import DecodeProblem
+from mla_triton.state import AttentionState
+from mla_triton.testing import DecodeInputs, Report, compare, decode_budget
+
+PROTOCOL = (
+    "a CUDA graph of calls (attention and merge, the schedule made before), each on its own slice "
+    "of a cache that the L2 cannot hold, replayed; median of event-timed replays; every request as "
+    "long as the row says, its pages scattered at random, N(0,1) data; each result within the "
+    "error budget of the float64 reference first; another config than the one there was is taken "
+    "where it was faster by more than the noise in rounds by turns"
+)
+
+
+def variant(
+    implementation: ModuleType, problem: DecodeProblem, config: Any, device: Device
+) -> Variant:
+    geometry = implementation.geometry(problem, device)
+    made: Variant = implementation.variant(problem, config, geometry, device)
+    return made
+
+
+def bytes_of(problem: DecodeProblem) -> int:
+    """Bytes of the keys of a call whose requests are all of the longest length."""
+    pages = -(-problem.max_kv_len // problem.page_size)
+    keys = problem.batch * pages * problem.page_size
+    return keys * problem.key_dim * problem.dtype.itemsize
+
+
+class Memory:
+    """One large cache of N(0,1) values, of which every trial takes slices."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._values: torch.Tensor | None = None
+
+    def take(self, dtype: torch.dtype, count: int) -> torch.Tensor:
+        """`count` values; those of an earlier call may be the same memory."""
+        held = self._values
+        if held is None or held.dtype != dtype or held.numel() < count:
+            # Freed first: two of them may be more than the card has.
+            self._values = held = None
+            torch.cuda.empty_cache()
+            generator = torch.Generator(self._device).manual_seed(0)
+            self._values = torch.empty(count, dtype=dtype, device=self._device)
+            self._values.normal_(generator=generator)
+        assert self._values is not None
+        return self._values[:count]
+
+
+class Trial:
+    """A problem with inputs on the current GPU, to be run by one config after another."""
+
+    def __init__(
+        self, implementation: ModuleType, problem: DecodeProblem, device: Device, memory: Memory
+    ) -> None:
+        self._implementation = implementation
+        self._problem = problem
+        self._device = device
+        self._index = torch.cuda.current_device()
+        where = torch.device("cuda", self._index)
+        generator = torch.Generator(where).manual_seed(1)
+        batch, s_q, heads = problem.batch, problem.mean_s_q, problem.heads
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=problem.dtype, device=where).normal_(
+                generator=generator
+            )
+
+        self._q_nope = normal(batch, s_q, heads, problem.latent)
+        self._q_rope = normal(batch, s_q, heads, problem.rope) if problem.rope else None
+        size = bytes_of(problem)
+        copies = timing.cold_copies(size)
+        values = memory.take(problem.dtype, copies * size // problem.dtype.itemsize)
+        self._caches = values.view(copies, -1, problem.page_size, problem.key_dim)
+        pages = self._caches.shape[1]
+        order = torch.randperm(pages, generator=generator, device=where, dtype=torch.int32)
+        self._page_table = order.view(batch, -1)
+        self._kv_lens = torch.full((batch,), problem.max_kv_len, dtype=torch.int32, device=where)
+        self._scale = (problem.latent / 4 + problem.rope) ** -0.5
+        self._problem = replace(problem, num_pages=pages)
+        self._own = self._planned(where)
+        self._out = torch.empty(
+            batch, s_q, heads, problem.value_dim, dtype=problem.dtype, device=where
+        )
+        self._lse = torch.empty(batch, s_q, heads, device=where)
+        self._judge: Callable[[], Report] | None = None
+
+    def calls(self, config: Any) -> list[Callable[[], None]]:
+        """The decode with a config, once for each slice of the cache."""
+        ready = operation.prepare_with(
+            config, self._implementation, self._problem, self._device, self._index
+        )
+
+        def call_on(cache: torch.Tensor) -> Callable[[], None]:
+            tensors = DecodeTensors(
+                self._q_nope, self._q_rope, cache, None, self._page_table, None, self._kv_lens,
+                None, self._own[0], self._problem.max_kv_len, self._own[1], self._own[2],
+                self._out, self._lse, self._scale,
+            )  # fmt: skip
+            return lambda: operation.launch(
+                ready, self._implementation, self._problem, tensors, lambda launcher: launcher
+            )
+
+        return [call_on(cache) for cache in self._caches]
+
+    def check(self, config: Any) -> Report:
+        """Whether a config's result, on the first slice, is within the budget of the reference."""
+        self._out.fill_(float("nan"))
+        self._lse.fill_(float("nan"))
+        self.calls(config)[0]()
+        if self._judge is None:
+            self._judge = self._make_judge()
+        return self._judge()
+
+    def _planned(self, where: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        geometry = self._implementation.geometry(self._problem, self._device)
+        own = buffers(self._problem, geometry, where)
+        key = [self._problem.max_kv_len, *plan_key(self._problem, geometry)]
+        make_schedule(self._kv_lens, None, own[0], key)
+        return own
+
+    def _make_judge(self) -> Callable[[], Report]:
+        """Looks at the first and the last request: the oracle of all would take the time of all."""
+        rows = torch.tensor(sorted({0, self._problem.batch - 1}), device=self._kv_lens.device)
+        sample = DecodeInputs(
+            q_nope=self._q_nope[rows],
+            q_rope=None if self._q_rope is None else self._q_rope[rows],
+            cache=self._caches[0],
+            page_table=self._page_table[rows],
+            kv_lens=self._kv_lens[rows],
+            softmax_scale=self._scale,
+            causal=self._problem.causal,
+            value_dim=self._problem.value_dim,
+        )
+        budget = decode_budget(sample)
+        return lambda: compare(AttentionState(self._out[rows], self._lse[rows]), sample, budget)

@@ -1,0 +1,176 @@
+"""Warm-up: every kernel that a deployment can meet, compiled before it serves.
+
+Which kernels those are follows from the same steps that a call goes: problem, selection, config,
+variant. Lengths, batches and split counts change no machine code but through the config that is
+looked up for them, so all batches and all length buckets are looked up. Nothing is launched.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from mla_triton import configs, select
+from mla_triton import device as devices
+from mla_triton.device import Device
+from mla_triton.kernels.common import combine, schedule
+from mla_triton.kernels.common.launch import Launcher, Variant
+from mla_triton.problem import DecodeProblem
+from mla_triton.tuning import workers
+from mla_triton.tuning.deployment import Deployment, describe, resized
+from mla_triton.tuning.workers import Compiled, Job
+
+
+@dataclass(frozen=True)
+class Warmed:
+    """What a warm-up found and did."""
+
+    device: str
+    """Label of the card that was compiled for."""
+    kernels: int
+    compiled: int
+    """Those that were not in Triton's cache; they are now, unless only asked."""
+    seconds: float
+    size: int
+    """Bytes of all kernels in Triton's cache."""
+    directory: str
+    """Triton's cache."""
+    launchers: int
+    """Kernels that were put on the GPU in this machine, so that what Triton builds to launch them
+    is built too; 0 where the card is another."""
+    missing: tuple[str, ...]
+    """What is still not compiled: the kernels asked for, or those that do not compile, and why."""
+
+
+def warmup(
+    *,
+    device: str | torch.device | Device | None = None,
+    check: bool = False,
+    processes: int | None = None,
+    cache: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **description: Any,
+) -> Warmed:
+    """Compiles every kernel that a deployment can meet into Triton's cache, launching none.
+
+    Args:
+        device: a GPU of this machine, a capability such as "8.9" for a card that need not be here,
+            or None for the current GPU.
+        check: only ask what would still have to be compiled.
+        processes: how many compile side by side; by default one a core.
+        cache: the directory of Triton's cache; by default Triton's own.
+        progress: called with (done, all) after each kernel.
+        description: the deployment, as `mla-triton warmup --help` lists it: `model` or `from_model`
+            with `tp`, or `heads`, `latent`, `rope`, `value_dim`; `max_batch`, `max_len`, `s_q`,
+            `dtype`, `page_size`, `layout`, `table`, `queries`, `ragged`, `causal`. One value or
+            several where several make sense.
+
+    Raises:
+        ValueError: an argument breaks a rule; the message names it.
+        NotImplementedError: no kernel can run the deployment on the card; says why.
+    """
+    card = card_of(device)
+    wanted = variants(describe(**description), card)
+    began = time.perf_counter()
+    jobs = [Job(variant, card, only_ask=check) for variant in wanted]
+    answers: dict[int, Compiled] = {}
+    directory = Path(cache) if cache is not None else Path(triton.knobs.cache.dir)
+    for number, answer in workers.run(jobs, processes, directory):
+        answers[number] = answer
+        if progress is not None:
+            progress(len(answers), len(jobs))
+    missing = tuple(
+        f"{name_of(wanted[number])}: {answer.error or 'not compiled'}"
+        for number, answer in sorted(answers.items())
+        if answer.error is not None or (check and not answer.cached)
+    )
+    # Another directory is not the one that this process would load from.
+    here = not card.modelled and card.backend in ("cuda", "hip") and cache is None
+    loaded = _load(wanted, card) if here and not check and not missing else 0
+    return Warmed(
+        device=card.label,
+        kernels=len(wanted),
+        compiled=sum(not answer.cached for answer in answers.values()),
+        seconds=time.perf_counter() - began,
+        size=sum(answer.size for answer in answers.values()),
+        directory=str(directory),
+        launchers=loaded,
+        missing=missing,
+    )
+
+
+def card_of(device: str | torch.device | Device | None) -> Device:
+    """The card that is meant; ValueError for one that compiles nothing."""
+    if isinstance(device, Device):
+        card = device
+    elif isinstance(device, str) and not device.startswith(("cuda", "hip")):
+        card = devices.from_label(device)
+    else:
+        card = devices.current() if device is None else devices.of(torch.device(device))
+    if card.backend not in ("cuda", "hip"):
+        raise ValueError(
+            "device must be a GPU, or a capability such as '9.0' where there is none, "
+            f"got {card.label if device is None else device!r}"
+        )
+    return card
+
+
+def variants(deployment: Deployment, device: Device) -> list[Variant]:
+    """Every kernel that the deployment's calls can launch, each once."""
+    found: dict[Variant, None] = {}
+    # In a batch of one, rows may lie in a way that those of a larger batch cannot.
+    for batch in sorted({1, min(2, deployment.max_batch)}):
+        for form in deployment.forms(batch):
+            sizes = [1] if batch == 1 else range(2, deployment.max_batch + 1)
+            for variant in _variants(form, sizes, deployment.lengths(), device):
+                found[variant] = None
+    return list(found)
+
+
+def _variants(
+    form: DecodeProblem, batches: Sequence[int], lengths: Sequence[int], device: Device
+) -> Iterator[Variant]:
+    seen = set()
+    for batch in batches:
+        yield schedule.variant(batch, form.ragged, _kv_tile(form, device), device)
+        for length in lengths:
+            problem = resized(form, batch, length)
+            implementation = select.choose_decode(problem, device).module
+            config = configs.choose(implementation, problem, device).config
+            choice = (implementation, config, implementation.row_tile(problem, device))
+            if choice not in seen:
+                seen.add(choice)
+                geometry = implementation.geometry(problem, device)
+                yield implementation.variant(problem, config, geometry, device)
+                yield combine.variant(problem, device)
+
+
+def _kv_tile(form: DecodeProblem, device: Device) -> int:
+    implementation = select.choose_decode(form, device).module
+    tile: int = implementation.geometry(form, device).kv_tile
+    return tile
+
+
+def name_of(variant: Variant) -> str:
+    """A variant in a line: the kernel, and what tells it from others of the same."""
+    constants = dict(variant.constants)
+    told = ("VALUE", "TAIL", "PAGE_SIZE", "ROW_TILE", "BLOCK_N", "BLOCK_B", "NOPE_STEP")
+    said = [f"{name.lower()} {constants[name]}" for name in told if name in constants]
+    kinds = {kind for _, kind in variant.types if kind in ("*fp16", "*bf16")} or {"*fp32"}
+    dtype = next(iter(kinds)).removeprefix("*")
+    said += [dtype, f"{variant.num_warps} warps", f"{variant.num_stages} stages"]
+    return f"{variant.function.__name__}({', '.join(said)})"
+
+
+def _load(wanted: Sequence[Variant], device: Device) -> int:
+    """Puts one kernel of each signature on the current GPU: Triton then builds its launcher."""
+    by_types = {(variant.function, variant.types): variant for variant in wanted}
+    for variant in by_types.values():
+        Launcher(variant, device, torch.cuda.current_device()).load()
+    return len(by_types)
