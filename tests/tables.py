@@ -45,10 +45,13 @@ def config(block_n: int = 32, num_warps: int = 4, num_stages: int = 2) -> Items:
     return items({"block_n": block_n, "num_warps": num_warps, "num_stages": num_stages})
 
 
+CONFIG = config()
+
+
 def row(
     batch: int = 16,
     length: int = 4096,
-    values: Items = config(),
+    values: Items = CONFIG,
     us: float | None = 10.0,
     key: Items = KEY,
     source: str = "tuned",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -81,6 +82,13 @@ def test_rows_are_sorted_as_numbers():
     again = loads(tables.table(*rows).dumps())
     points = [(row.point.batch, row.point.length) for row in again.rows]
     assert points == [(b, n) for b in (1, 2, 16, 128) for n in (512, 4096)]
+
+
+def test_values_of_different_types_can_be_sorted():
+    """No operation writes such keys, but a file that was edited by hand has to be readable."""
+    rows = [tables.row(key=items({"heads": value})) for value in ("16", 16, 8, "8")]
+    again = loads(tables.table(*rows).dumps())
+    assert [dict(row.point.key)["heads"] for row in again.rows] == [8, 16, "16", "8"]
 
 
 def test_the_text_of_a_file():
@@ -202,7 +210,7 @@ def test_a_row_has_exactly_its_names():
         with pytest.raises(FormatError) as error:
             loads(json.dumps(given))
         assert str(error.value) == f"row 2 must have {NAMES}"
-    with pytest.raises(FormatError, match="^row 1 must have "):
+    with pytest.raises(FormatError, match=r"^row 1 must have "):
         loads(json.dumps(plain() | {"rows": [None]}))
 
 
@@ -232,10 +240,8 @@ def test_a_broken_file_gives_a_format_error_or_a_table(data):
             break
         place = place[name]
     place[name] = data.draw(JSON)
-    try:
+    with suppress(FormatError):
         loads(json.dumps(given)).dumps()
-    except FormatError as error:
-        assert str(error)
 
 
 # -- which row

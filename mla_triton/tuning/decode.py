@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,7 +17,9 @@ from mla_triton.ops import decode as operation
 from mla_triton.ops.plan import buffers, make_schedule, plan_key
 from mla_triton.problem import DecodeProblem
 from mla_triton.state import AttentionState
-from mla_triton.testing import DecodeInputs, Report, compare, decode_budget
+
+if TYPE_CHECKING:
+    from mla_triton.testing import Report
 
 PROTOCOL = (
     "a CUDA graph of calls (attention and merge, the schedule made before), each on its own slice "
@@ -138,6 +140,9 @@ class Trial:
 
     def _make_judge(self) -> Callable[[], Report]:
         """Looks at the first and the last request: the oracle of all would take the time of all."""
+        # Only here, so that an ordinary import does not load what tests need.
+        from mla_triton.testing import DecodeInputs, compare, decode_budget
+
         rows = torch.tensor(sorted({0, self._problem.batch - 1}), device=self._kv_lens.device)
         sample = DecodeInputs(
             q_nope=self._q_nope[rows],
