@@ -24,9 +24,10 @@ import torch
 import triton
 
 import mla_triton
+from mla_triton import configs, select, validate
 from mla_triton import device as devices
-from mla_triton import select, validate
 from mla_triton.kernels.common.launch import Launcher
+from mla_triton.ops import decode
 from mla_triton.testing import DecodeInputs, decode_inputs
 
 CALLS, ROUNDS = 200, 15
@@ -94,6 +95,7 @@ def measure(inputs: DecodeInputs, card: devices.Device) -> dict[str, float]:
             plan.key,
             None,
         ]
+        module = select.decode(problem, card).module
         empty = torch.ops.mla_triton_benchmarks.decode
         launches = _recorded(lambda: mla_triton.decode(*arguments, **options, plan=plan))
         calls: dict[str, Callable[[], object]] = {
@@ -105,6 +107,11 @@ def measure(inputs: DecodeInputs, card: devices.Device) -> dict[str, float]:
             "  checks (validate.decode)": lambda: validate.decode(*checked, **checks),
             "  selection (select.decode)": lambda: select.decode(problem, card),
             "  hash of a problem": lambda: hash(problem),
+            "  length of the look-up": lambda: configs.length_bucket(problem.max_kv_len),
+            "  launchers of a problem, its config looked up before": lambda: decode.prepare(
+                module, problem, card, 0, None, configs.length_bucket(problem.max_kv_len)
+            ),
+            "  config looked up anew": lambda: configs.choose(module, problem, card),
             "  launches, without the driver": lambda: [again() for again in launches],
             "  plan.key": lambda: plan.key,
             "  an empty operator of as many operands": lambda: empty(*operands),

@@ -20,6 +20,7 @@ def device_facts(device: Device) -> dict[str, Any]:
         "shared_memory": device.shared_memory,
         "present": not device.modelled,
         "features": device.features(),
+        "tables": configs.tables(device),
     }
 
 

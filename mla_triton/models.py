@@ -66,6 +66,8 @@ FIELDS = {
     "context": "max_position_embeddings",
 }
 """Where a Hugging Face `config.json` says what."""
+OTHER_FIELDS = {"max_position_embeddings": "model_max_length"}
+"""What a model calls a field by another name: Kimi-Linear."""
 TEXT_PARTS = ("text_config", "language_config")
 """Where models of several modalities keep the configuration of their language model."""
 
@@ -88,7 +90,7 @@ def from_config(config: Mapping[str, Any]) -> Model:
             config = config[part]
     sizes: dict[str, Any] = {}
     for name, field in FIELDS.items():
-        size = config.get(field)
+        size = config.get(field if field in config else OTHER_FIELDS.get(field, field))
         if type(size) is not int or size < (0 if name == "rope" else 1):
             raise ValueError(f"config must have {field}, a positive whole number, got {size!r}")
         sizes[name] = size

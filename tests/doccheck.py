@@ -34,7 +34,7 @@ UNITS = re.compile(r"(GB|TB|TFLOP|MB|KiB|bytes|tokens)/[a-z]+")
 
 RUN = ("info", "explain")
 """`mla-triton` commands that are run wherever a block of a page has them: quick on any machine."""
-PARSE_ONLY = ("check",)
+PARSE_ONLY = ("check", "configs", "tune", "warmup")
 """`mla-triton` commands that are only parsed: they take minutes, or need a GPU."""
 OTHER_PROGRAMS = ("cd", "export", "git", "nvidia-smi", "source")
 """Programs that pages may name without more being known about them."""

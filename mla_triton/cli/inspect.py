@@ -8,17 +8,18 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
 import mla_triton
 from mla_triton import device as devices
 from mla_triton import explain as explanation
+from mla_triton import models
 from mla_triton.cli.options import DTYPES, Commands, add_command, natural, positive, show
 from mla_triton.configs import cache_directory
+from mla_triton.device import Device
 from mla_triton.explain import device_facts, device_line
-from mla_triton.models import MODELS, Model
 from mla_triton.problem import DecodeProblem, RowSteps
 
 MAX_HEADS = 128
@@ -38,6 +39,7 @@ def add_commands(commands: Commands) -> None:
 def _add_shape(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--capability", metavar="LABEL", help='"8.9", "gfx942", "cpu"; default: what is here')
+    add("--gpu", metavar="NAME", help="its name, for which there are tuned rows: 'NVIDIA H200'")
     add("--impl", metavar="NAME", help="ask for one implementation; never replaced by another")
     add("--model", metavar="NAME", help="take heads and widths from a model")
     add("--tp", type=positive, default=1, metavar="N", help="ranks that share the model's heads")
@@ -76,7 +78,9 @@ def info(arguments: argparse.Namespace) -> int:
         "triton_cache_directory": str(triton.knobs.cache.dir),
     }
     lines = [f"{name:<12}{number}" for name, number in versions.items()]
-    lines += [f"device      {device_line(device)}" for device in found]
+    for device in found:
+        lines.append(f"device      {device_line(device)}")
+        lines += [f"configs     {table}" for table in device["tables"] or ["no table: heuristic"]]
     lines += [
         *([] if found else ["device      no GPU"]),
         f"interpreter {'on' if devices.interpreting() else 'off'}: CPU tensors run {cpu}",
@@ -90,8 +94,7 @@ def info(arguments: argparse.Namespace) -> int:
 def explain(arguments: argparse.Namespace) -> int:
     """What would run, on the card here or one that is described."""
     try:
-        label = arguments.capability
-        device = devices.current() if label is None else devices.from_label(label)
+        device = _card(arguments)
         facts = explanation.decode(_problem(arguments), device, arguments.kv_len, arguments.impl)
     except (ValueError, NotImplementedError) as error:
         arguments.parser.error(str(error))
@@ -99,10 +102,20 @@ def explain(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _card(arguments: argparse.Namespace) -> Device:
+    label = arguments.capability
+    if label is None:
+        if arguments.gpu is not None:
+            raise ValueError(f"gpu names the card of --capability, got {arguments.gpu!r} alone")
+        return devices.current()
+    card = devices.from_label(label)
+    return card if arguments.gpu is None else replace(card, name=arguments.gpu)
+
+
 def _problem(arguments: argparse.Namespace) -> DecodeProblem:
     """The problem that the options describe; ValueError where they describe none."""
-    model = _model(arguments)
-    heads = arguments.heads or max(1, model.heads // arguments.tp)
+    model = models.named(arguments.model or "DeepSeek-V3")
+    heads = arguments.heads or models.rank_heads(model.heads, arguments.tp)
     latent = arguments.latent or model.latent
     rope = model.rope if arguments.rope is None else arguments.rope
     same_widths = (latent, rope) == (model.latent, model.rope)
@@ -133,17 +146,6 @@ def _problem(arguments: argparse.Namespace) -> DecodeProblem:
         row_steps=RowSteps(latent + rope, latent + rope if rope else 0, value_dim, 1),
         max_kv_len=max(1, arguments.kv_len),
     )
-
-
-def _model(arguments: argparse.Namespace) -> Model:
-    name = arguments.model or "DeepSeek-V3"
-    by_name = {known.lower(): model for known, model in MODELS.items()}
-    if name.lower() not in by_name:
-        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
-    model = by_name[name.lower()]
-    if model.heads % arguments.tp:
-        raise ValueError(f"tp must divide the {model.heads} heads of {name}, got {arguments.tp}")
-    return model
 
 
 def check(arguments: argparse.Namespace) -> int:

@@ -89,9 +89,10 @@ def _lines(warmed: Warmed, check: bool) -> Iterator[str]:
     if check:
         yield f"{warmed.kernels} kernels for {warmed.device}: {len(warmed.missing)} not compiled"
     else:
+        found = warmed.kernels - warmed.compiled - len(warmed.missing)
         yield (
             f"{warmed.kernels} kernels for {warmed.device}: {warmed.compiled} compiled, "
-            f"{warmed.kernels - warmed.compiled} found, in {warmed.seconds:.1f} s; "
+            f"{found} found, in {warmed.seconds:.1f} s; "
             f"{warmed.size / 1e6:.1f} MB in {warmed.directory}"
         )
     for each in warmed.missing:

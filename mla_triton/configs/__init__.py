@@ -8,6 +8,6 @@ lookup.py      from a problem to a config, with the reason
 """
 
 from mla_triton.configs.directory import cache_directory
-from mla_triton.configs.lookup import Choice, choose, forget, length_bucket
+from mla_triton.configs.lookup import Choice, choose, forget, length_bucket, tables
 
-__all__ = ["Choice", "cache_directory", "choose", "forget", "length_bucket"]
+__all__ = ["Choice", "cache_directory", "choose", "forget", "length_bucket", "tables"]

@@ -79,6 +79,18 @@ def origins(device: Device) -> tuple[Origin, ...]:
     return tuple(_origins(device))
 
 
+def tables(device: Device) -> list[str]:
+    """The tables that a card's configs come from, first to last, each in a line for a reader."""
+    said = []
+    for origin in origins(device):
+        sources = {row.source for row in origin.table.rows}
+        how = "modelled, never timed" if sources == {"modelled"} else "timed"
+        on = "" if sources == {"modelled"} else f" on {origin.table.header.gpu}"
+        text = f"{origin.name}: {len(origin.table.rows)} rows {how}{on}"
+        said.append("; ".join(filter(None, (text, origin.note))))
+    return said
+
+
 def forget() -> None:
     """Lets the next look-up read the tables again."""
     origins.cache_clear()

@@ -69,6 +69,17 @@ def broken_rule(row: Row, device: Device) -> str | None:
     return None if config is not None else f"config {dict(row.config)} cannot be used: {rule}"
 
 
+def problem_of(row: Row, device: Device) -> DecodeProblem:
+    """A problem whose look-up on a card comes to the row; ValueError where there is none."""
+    implementation = _implementation(row.point.op, row.point.impl)
+    if implementation is None:
+        raise ValueError(f"row must be of a known implementation, got {row.point}")
+    problem, rule = _problem(implementation, row, device)
+    if problem is None:
+        raise ValueError(f"row must be one that a call can find: {rule}")
+    return problem
+
+
 def _implementation(op: str, impl: str) -> ModuleType | None:
     return portable_decode if (op, impl) == ("decode", "portable") else None
 

@@ -66,9 +66,16 @@ class Deployment:
                                         q_rope_width,
                                     )  # fmt: skip
 
-    def lengths(self) -> list[int]:
-        """The lengths that configs are looked up by, ascending: powers of two up to the longest."""
-        return [1 << n for n in range(length_bucket(self.max_len).bit_length())]
+    def lengths(self, form: DecodeProblem) -> list[int]:
+        """The lengths that configs are looked up by, ascending: powers of two up to the longest.
+
+        Where a call gives no `max_kv_len`, it is as long as its page table has room for: whole
+        pages, and of a CSR table those of all requests.
+        """
+        pages = -(-self.max_len // form.page_size)
+        requests = self.max_batch if form.csr else 1
+        longest = length_bucket(requests * pages * form.page_size)
+        return [1 << n for n in range(longest.bit_length())]
 
     def _rope_widths(self, query: str) -> tuple[int, ...]:
         """From one rotary query to the next: alone, or behind what was absorbed."""
@@ -160,15 +167,21 @@ def describe(
     if model is not None and from_model is not None:
         raise ValueError(f"model must be left out where from_model is given, got {model!r}")
     known = _read(from_model) if from_model is not None else models.named(model or "DeepSeek-V3")
-    widths = (latent or known.latent, known.rope if rope is None else rope)
+    widths = (
+        known.latent if latent is None else _least("latent", latent),
+        known.rope if rope is None else _least("rope", rope, 0),
+    )
     same_widths = widths == (known.latent, known.rope)
     if value_dim is None:
         value_dim = known.value_dim if same_widths else widths[0]
     if value_dim not in (widths[0], sum(widths)):
         rule = f"latent or latent + rope, {widths[0]} or {sum(widths)}"
         raise ValueError(f"value_dim must be {rule}, got {value_dim}")
-    rank_heads = models.rank_heads(known.heads, tp) if heads is None else heads
-    if not 1 <= rank_heads <= MAX_HEADS:
+    if heads is None:
+        rank_heads = models.rank_heads(known.heads, _least("tp", tp))
+    else:
+        rank_heads = _least("heads", heads)
+    if rank_heads > MAX_HEADS:
         raise ValueError(f"heads must be in [1, {MAX_HEADS}], got {rank_heads}")
     described = Deployment(
         heads=rank_heads,
@@ -178,9 +191,9 @@ def describe(
         nope=known.nope if same_widths else None,
         max_batch=_least("max_batch", max_batch),
         max_len=_least("max_len", known.context if max_len is None else max_len),
-        s_q=tuple(_least("s_q", size) for size in _several(s_q)),
-        dtypes=tuple(_dtype(each) for each in _several(dtype)),
-        page_sizes=tuple(_least("page_size", size) for size in _several(page_size)),
+        s_q=tuple(_least("s_q", size) for size in _several("s_q", s_q)),
+        dtypes=tuple(_dtype(each) for each in _several("dtype", dtype)),
+        page_sizes=tuple(_least("page_size", size) for size in _several("page_size", page_size)),
         layouts=_choices("layout", layout, LAYOUTS),
         tables=_choices("table", table, TABLES),
         queries=_choices("queries", queries, QUERIES),
@@ -213,8 +226,10 @@ def _read(path: str | Path) -> Model:
         raise ValueError(f"from_model {file}: {error}") from error
 
 
-def _several(value: Any) -> tuple[Any, ...]:
+def _several(name: str, value: Any) -> tuple[Any, ...]:
     given = tuple(value) if isinstance(value, (list, tuple, set, frozenset)) else (value,)
+    if not given:
+        raise ValueError(f"{name} must be one value or several, got none")
     return tuple(dict.fromkeys(given))
 
 
@@ -233,7 +248,7 @@ def _dtype(value: Any) -> torch.dtype:
 
 
 def _choices(name: str, value: Any, known: Sequence[str]) -> tuple[str, ...]:
-    given = _several(value)
+    given = _several(name, value)
     for each in given:
         if each not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {each!r}")

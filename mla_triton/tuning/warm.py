@@ -96,7 +96,7 @@ def warmup(
     return Warmed(
         device=card.label,
         kernels=len(wanted),
-        compiled=sum(not answer.cached for answer in answers.values()),
+        compiled=sum(not (answer.cached or answer.error) for answer in answers.values()),
         seconds=time.perf_counter() - began,
         size=sum(answer.size for answer in answers.values()),
         directory=str(directory),
@@ -127,8 +127,11 @@ def variants(deployment: Deployment, device: Device) -> list[Variant]:
     # In a batch of one, rows may lie in a way that those of a larger batch cannot.
     for batch in sorted({1, min(2, deployment.max_batch)}):
         for form in deployment.forms(batch):
-            sizes = [1] if batch == 1 else range(2, deployment.max_batch + 1)
-            for variant in _variants(form, sizes, deployment.lengths(), device):
+            # A single query token may be that of one request among several that have none.
+            alone = form.ragged and form.queries == 1
+            last = deployment.max_batch if batch > 1 or alone else 1
+            sizes = range(batch, last + 1)
+            for variant in _variants(form, sizes, deployment.lengths(form), device):
                 found[variant] = None
     return list(found)
 

@@ -55,8 +55,11 @@ def run(
     """(number of the job, what came of it), in the order in which they are done.
 
     `processes` is one a core by default. `cache` is the directory of Triton's cache, by default the
-    one that is configured. Leaving the iteration early ends the processes.
+    one that is configured. Leaving the iteration early ends the processes. Raises ValueError for
+    less than one process.
     """
+    if processes is not None and processes < 1:
+        raise ValueError(f"processes must be a whole number of at least 1, got {processes}")
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in range(len(jobs)):
         waiting.put(number)
@@ -113,13 +116,18 @@ class _Worker(threading.Thread):
             process.wait()
 
     def _answer(self, job: Job) -> Compiled:
+        try:
+            given = pickle.dumps(job)
+        except Exception as error:
+            # Whatever it is, the thread must go on: its answers are waited for.
+            return Compiled(cached=False, seconds=0.0, error=f"cannot be pickled: {error}")
         process = self._running()
         if process is None:
             return Compiled(cached=False, seconds=0.0, error="stopped")
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            pickle.dump(job, process.stdin)
+            process.stdin.write(given)
             process.stdin.flush()
             answer: Compiled = pickle.load(process.stdout)
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):
