@@ -3,21 +3,21 @@
 #
 #   benchmarks/run_gpu.sh OUTPUT_DIRECTORY [STEP...]
 #
-# Steps, all of them by default and in this order: info check tests sm8x bench sanitizer suite. Each
-# has a time limit (LIMIT_<STEP>, in seconds), its log is OUTPUT_DIRECTORY/<step>.log, and a step that fails
-# stops none of the others. PYTHON names the interpreter; PYTEST_ARGS (such as "-n 8", to compile on
-# several cores) and BENCH_ARGS are handed on.
+# Steps, all of them by default and in this order: info check tests tuning sm8x bench tune first_call
+# sanitizer suite. Each has a time limit (LIMIT_<STEP>, in seconds), its log is
+# OUTPUT_DIRECTORY/<step>.log, and a step that fails stops none of the others. PYTHON names the
+# interpreter; PYTEST_ARGS (such as "-n 8", to compile on several cores) and BENCH_ARGS are handed on.
 set -u
 
 cd "$(dirname "$0")/.."
 if [ $# -lt 1 ]; then
-    sed -n '2,10s/^# \{0,1\}//p' "$0"
+    sed -n '2,9s/^# \{0,1\}//p' "$0"
     exit 2
 fi
 output=$1
 shift
 steps=("$@")
-[ ${#steps[@]} -gt 0 ] || steps=(info check tests sm8x bench sanitizer suite)
+[ ${#steps[@]} -gt 0 ] || steps=(info check tests tuning sm8x bench tune first_call sanitizer suite)
 
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -31,10 +31,13 @@ command_of() {
     info) echo "nvidia-smi; $python -m mla_triton info" ;;
     check) echo "$python -m mla_triton check" ;;
     tests) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_decode_gpu.py" ;;
+    tuning) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_tuning_gpu.py" ;;
     sm8x) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_sm8x_code.py" ;;
     bench) echo "$python benchmarks/decode.py --output '$output/bench.json' ${BENCH_ARGS:-}; rc=\$?;
         [ ! -f '$output/bench.json' ] || $python benchmarks/targets.py '$output/bench.json'
         exit \$rc" ;;
+    tune) echo "$python benchmarks/tune.py --output '$output/tune.json'" ;;
+    first_call) echo "$python benchmarks/first_call.py --output '$output/first_call.json'" ;;
     sanitizer) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_sanitizer.py" ;;
     suite) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/test_operators.py \
         tests/test_recall.py tests/test_deepseek_v3_layer.py" ;;
@@ -48,8 +51,11 @@ limit_of() {
     info) echo "${!own:-60}" ;;
     check) echo "${!own:-180}" ;;
     tests) echo "${!own:-600}" ;;
+    tuning) echo "${!own:-300}" ;;
     sm8x) echo "${!own:-240}" ;;
     bench) echo "${!own:-420}" ;;
+    tune) echo "${!own:-300}" ;;
+    first_call) echo "${!own:-300}" ;;
     sanitizer) echo "${!own:-420}" ;;
     suite) echo "${!own:-900}" ;;
     esac

@@ -1,0 +1,421 @@
+"""A process that serves a deployment that was warmed up compiles nothing.
+
+Three deployments are warmed up once, for cards that need not be here; then `tests/warm_child.py`
+makes calls of theirs in processes of its own and counts what Triton compiles. That every kernel of
+every call is known to a warm-up is a property, and needs no compiler.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import tables
+import torch
+import warm_child
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mla_triton
+from mla_triton import cli, configs
+from mla_triton import device as devices
+from mla_triton.configs import Choice, store
+from mla_triton.configs.table import items
+from mla_triton.device import Device
+from mla_triton.kernels.common.launch import Launcher
+from mla_triton.kernels.portable import decode as portable
+from mla_triton.models import MODELS
+from mla_triton.ops import decode as operation
+from mla_triton.tuning import warm
+from mla_triton.tuning.deployment import LAYOUTS, QUERIES, TABLES, describe
+from mla_triton.tuning.warm import Warmed
+from mla_triton.tuning.workers import Compiled, Job
+
+CHILD = Path(__file__).with_name("warm_child.py")
+SIZES = {"max_batch": 40, "max_len": 4096}
+TUNED = {"heads": 16, "queries": ["split", "head_major"], **SIZES}
+"""On the card whose table has several configs for it."""
+VERIFYING = {"model": "MiniCPM3-4B", "tp": 4, "s_q": [2], **SIZES}
+RAGGED = {
+    "heads": 8, "latent": 128, "rope": 32, "s_q": [2], "ragged": True, "dtype": "float16",
+    "layout": "pair", "table": "csr", "queries": "joined", "page_size": [48], **SIZES,
+}  # fmt: skip
+
+
+class Ready(NamedTuple):
+    """A deployment whose kernels are in a directory."""
+
+    label: str
+    description: dict[str, Any]
+    directory: Path
+    warmed: Warmed
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No rows of this machine."""
+    monkeypatch.setenv("MLA_TRITON_CACHE_DIR", str(tmp_path / "rows"))
+    forget()
+    yield
+    forget()
+
+
+def forget() -> None:
+    configs.forget()
+    operation.forget()
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mla_triton", *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def serve(ready: Ready, seed: int = 0, **environment: str) -> dict[str, Any]:
+    """What a process finds and compiles that serves the deployment."""
+    description = json.dumps(ready.description)
+    ran = subprocess.run(
+        [sys.executable, str(CHILD), ready.label, str(seed), "300", description],
+        env=os.environ
+        | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(ready.directory)}
+        | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
+@pytest.fixture(scope="module")
+def rowless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """As `own_cache`, for what is made once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLA_TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("none")))
+        configs.forget()
+        yield
+        configs.forget()
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory, rowless: None) -> Ready:
+    """Warmed up by a process that interprets, if this one does."""
+    directory = tmp_path_factory.mktemp("tuned")
+    return Ready("9.0", TUNED, directory, warmed_up("9.0", directory, TUNED))
+
+
+@pytest.fixture(scope="module")
+def ragged(tmp_path_factory: pytest.TempPathFactory, rowless: None) -> Ready:
+    directory = tmp_path_factory.mktemp("ragged")
+    return Ready("8.0", RAGGED, directory, warmed_up("8.0", directory, RAGGED))
+
+
+@pytest.fixture(scope="module")
+def verifying(tmp_path_factory: pytest.TempPathFactory, rowless: None) -> Ready:
+    """By the command line, from a model's own file."""
+    directory = tmp_path_factory.mktemp("verifying")
+    ran = command("warmup", *options(directory), "--json")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr.startswith("compiled: ")
+    return Ready("8.9", VERIFYING, directory, Warmed(**json.loads(ran.stdout)))
+
+
+def options(directory: Path) -> list[str]:
+    """`VERIFYING` on the command line."""
+    file = directory.with_name("minicpm3.json")
+    known = MODELS["MiniCPM3-4B"]
+    fields = {
+        "num_attention_heads": known.heads, "kv_lora_rank": known.latent,
+        "qk_nope_head_dim": known.nope, "qk_rope_head_dim": known.rope, "v_head_dim": known.v,
+        "max_position_embeddings": known.context,
+    }  # fmt: skip
+    file.write_text(json.dumps(fields))
+    return [
+        "--from-model", str(file), "--tp", "4", "--s-q", "2", "--max-batch", "40", "--max-len",
+        "4096", "--capability", "8.9", "--cache", str(directory),
+    ]  # fmt: skip
+
+
+def warmed_up(label: str, directory: Path, description: dict[str, Any]) -> Warmed:
+    """Warms up, and holds what is said before, then and afterwards against each other."""
+    before = mla_triton.warmup(device=label, check=True, cache=directory, **description)
+    assert before.kernels == before.compiled == len(before.missing) == len(set(before.missing))
+    assert all(line.endswith(": not compiled") for line in before.missing)
+    assert before.size == 0
+    assert list(directory.rglob("*.cubin")) == []
+
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Launcher, "load", lambda *_: pytest.fail("something is put on a GPU"))
+        done = mla_triton.warmup(
+            device=label, cache=str(directory), progress=lambda *at: seen.append(at), **description
+        )
+    assert seen == [(n, done.kernels) for n in range(1, done.kernels + 1)]
+    assert (done.kernels, done.compiled, done.missing) == (before.kernels, before.kernels, ())
+    assert (done.device, done.directory, done.launchers) == (label, str(directory), 0)
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    groups = [path for path in files if path.name.startswith("__grp__")]
+    assert len(groups) == done.kernels
+    assert done.size == sum(path.stat().st_size for path in files if path not in groups)
+    assert 0 < done.seconds
+
+    after = mla_triton.warmup(device=label, check=True, cache=directory, **description)
+    assert (after.kernels, after.compiled, after.missing) == (done.kernels, 0, ())
+    return done
+
+
+# -- a process that serves
+
+
+@pytest.mark.parametrize(("name", "least"), [("tuned", 9), ("verifying", 7), ("ragged", 6)])
+def test_a_process_that_serves_compiles_nothing(request, name, least):
+    """Nor is much compiled that is never asked for."""
+    ready = request.getfixturevalue(name)
+    told = serve(ready)
+    assert told["names"] == []
+    assert told["compiled"] == []
+    assert len(set(told["found"])) == len(told["found"]) >= least
+    assert len(told["found"]) >= 0.75 * ready.warmed.kernels
+
+
+def test_another_deployment_is_compiled(ragged, tmp_path):
+    """So what is counted above can be counted."""
+    directory = tmp_path / "copy"
+    shutil.copytree(ragged.directory, directory)
+    wider = RAGGED | {"page_size": [48, 16]}
+    told = serve(ragged._replace(description=wider, directory=directory))
+    assert told["compiled"]
+    assert all("page_size 16" in name for name in told["names"])
+    assert told["found"]
+
+
+def test_kernels_and_keys_are_the_same_in_every_process(tuned):
+    """Sets of names have another order in each; keys that had it found nothing."""
+    first, second = (serve(tuned, PYTHONHASHSEED=seed) for seed in ("1", "2"))
+    assert first == second
+    assert first["compiled"] == []
+    here = [
+        warm_child.plain(v) for v in warm.variants(describe(**TUNED), devices.from_label("9.0"))
+    ]
+    assert json.loads(json.dumps(here)) == first["warmed"]
+    assert len(here) == tuned.warmed.kernels
+
+
+# -- asking
+
+
+def test_the_command_asks(verifying):
+    done = command("warmup", *options(verifying.directory), "--check")
+    count = verifying.warmed.kernels
+    assert done.returncode == 0
+    assert done.stdout == f"{count} kernels for 8.9: 0 not compiled\n"
+    assert done.stderr.startswith(f"asked: {count} of {count}, ")
+
+
+def test_what_is_gone_is_named_and_made_again(verifying, tmp_path, capsys):
+    directory = tmp_path / "copy"
+    shutil.copytree(verifying.directory, directory)
+    for group in directory.rglob("__grp__combine_kernel*"):
+        shutil.rmtree(group.parent)
+    asking = [*options(directory), "--check"]
+    assert cli.main(["warmup", *asking]) == 1
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"{verifying.warmed.kernels} kernels for 8.9: 1 not compiled"
+    assert lines == ["missing: combine_kernel(value 256, bf16, 4 warps, 1 stages): not compiled"]
+    assert list(directory.rglob("combine_kernel*.cubin")) == []
+
+    assert cli.main(["warmup", *options(directory)]) == 0
+    kernels = verifying.warmed.kernels
+    out = capsys.readouterr().out
+    assert out.startswith(f"{kernels} kernels for 8.9: 1 compiled, {kernels - 1} found, in ")
+    assert out.endswith(f" MB in {directory}\n")
+    assert cli.main(["warmup", *asking]) == 0
+
+
+def test_half_a_kernel_is_missing(ragged, tmp_path):
+    """Triton takes it for a whole one, and then does not find the machine code."""
+    directory = tmp_path / "copy"
+    shutil.copytree(ragged.directory, directory)
+    next(directory.rglob("combine_kernel*.cubin")).unlink()
+    asked = mla_triton.warmup(device="8.0", check=True, cache=directory, **RAGGED)
+    (line,) = asked.missing
+    assert line.startswith("combine_kernel(value 128, fp16, ")
+
+
+def test_what_does_not_compile_is_missing(monkeypatch, capsys):
+    def run(jobs: Sequence[Job], *_: object) -> Iterator[tuple[int, Compiled]]:
+        for number in reversed(range(len(jobs))):
+            error = "CompilationError: no" if number == 1 else None
+            yield number, Compiled(cached=number == 0, seconds=1.0, size=10**6, error=error)
+
+    monkeypatch.setattr(warm.workers, "run", run)
+    warmed = mla_triton.warmup(device="8.0", **RAGGED)
+    (line,) = warmed.missing
+    assert line.startswith("decode_kernel(") and line.endswith(": CompilationError: no")
+    assert warmed.compiled == warmed.kernels - 2
+    assert cli.main(["warmup", "--capability", "8.0", "--heads", "8", "--max-batch", "1"]) == 1
+    first, second = capsys.readouterr().out.splitlines()
+    assert " 1 found, in " in first
+    assert second.startswith("missing: decode_kernel(") and second.endswith("CompilationError: no")
+
+
+# -- tuned rows
+
+
+def row_of(card: Device, values: tuple[int, int, int]) -> tuple[str, Any]:
+    """Stores a row for calls of `TUNED`, and says what its kernel is called."""
+    form = next(describe(**TUNED).forms(2))
+    key, _, _ = portable.tuning_point(form, card)
+    config = portable.Config(*values)
+    assert portable.is_valid(config, form, card)[0]
+    row = tables.row(1, 1024, values=items(vars(config)), key=key)
+    store.save(card, tables.header(card), [row])
+    forget()
+    return f"block_n {values[0]}, nope_step 512, bf16, {values[1]} warps, {values[2]} stages)"
+
+
+def test_the_config_of_a_tuned_row_is_compiled(tuned):
+    """The user's rows stand in place of the shipped ones, at all batches and lengths."""
+    text = row_of(devices.from_label("9.0"), (16, 4, 4))
+    asked = mla_triton.warmup(device="9.0", check=True, cache=tuned.directory, **TUNED)
+    assert asked.missing
+    assert all("block_n 16," in line for line in asked.missing)
+    few = TUNED | {"max_batch": 1, "queries": "split"}
+    warmed = mla_triton.warmup(device="9.0", cache=tuned.directory, **few)
+    assert (warmed.compiled, warmed.missing) == (1, ())
+    again = mla_triton.warmup(device="9.0", check=True, cache=tuned.directory, **TUNED)
+    assert len(again.missing) == len(asked.missing) - 1
+    assert any(text in line for line in set(asked.missing) - set(again.missing))
+
+
+def test_rows_of_a_card_that_is_not_here(tuned, capsys):
+    """By its name; without it, the rows are not for the card that is meant."""
+    row_of(replace(devices.from_label("9.0"), name=tables.CARD.name), (16, 4, 4))
+    asking = [
+        "warmup", "--capability", "9.0", "--cache", str(tuned.directory), "--check", "--heads",
+        "16", "--max-batch", "40", "--max-len", "4096", "--queries", "split", "head_major",
+    ]  # fmt: skip
+    assert cli.main(asking) == 0
+    capsys.readouterr()
+    assert cli.main([*asking, "--gpu", tables.CARD.name, "--json"]) == 1
+    missing = json.loads(capsys.readouterr().out)["missing"]
+    assert any("block_n 16, " in line for line in missing)
+
+
+# -- every kernel of every call
+
+
+@st.composite
+def descriptions(draw: st.DrawFn) -> dict[str, Any]:
+    """Deployments of few forms each, so that all their batches are soon looked up."""
+    latent, rope, nope = draw(st.sampled_from([(512, 64, 128), (256, 32, 64), (512, 0, 128)]))
+    s_q = draw(st.integers(1, 4))
+    return {
+        "heads": draw(st.sampled_from([1, 2, 5, 16, 17, 40, 128])),
+        "latent": latent,
+        "rope": rope,
+        "max_batch": draw(st.sampled_from([1, 2, 3, 33, 70])),
+        "max_len": draw(st.integers(1, 5000)),
+        "s_q": s_q if draw(st.booleans()) else [1, s_q],
+        "dtype": draw(st.sampled_from(["bfloat16", "float16", "float32"])),
+        "page_size": draw(st.sampled_from([1, 16, 48, 64])),
+        "layout": draw(st.sampled_from(LAYOUTS)),
+        "table": draw(st.sampled_from(TABLES)),
+        "queries": draw(st.sampled_from([*QUERIES, list(QUERIES)])),
+        "ragged": draw(st.booleans()),
+        "causal": draw(st.booleans()),
+    }
+
+
+def any_row(implementation: Any, problem: Any, device: Device) -> Choice:
+    """As if a table had a row of its own for every key, batch and length."""
+    point = implementation.tuning_point(problem, device)
+    config = implementation.heuristic(problem, device)
+    if point is not None:
+        key, batch, length = point
+        usable = [
+            config
+            for config in implementation.search_space(problem, device)
+            if implementation.is_valid(config, problem, device)[0]
+        ]
+        place = batch + 7 * configs.length_bucket(length).bit_length() + len(repr(key))
+        config = usable[place % len(usable)]
+    return Choice(config, "user", "made up", None)
+
+
+@settings(max_examples=40)
+@given(descriptions(), st.sampled_from(["8.0", "8.9", "9.0", "10.0", "gfx942"]), st.integers(0, 99))
+def test_every_kernel_of_every_call_is_known(description, label, seed):
+    """Whatever rows a table has: configs follow from key, batch and length alone."""
+    device, deployment = devices.from_label(label), describe(**description)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(configs, "choose", any_row)
+        operation.prepare.cache_clear()
+        asked = set(warm_child.asked_for(deployment, device, seed, calls=60))
+        known = warm.variants(deployment, device)
+        operation.prepare.cache_clear()
+    assert len(set(known)) == len(known)
+    unknown = asked - set(known)
+    assert not unknown, [warm_child.plain(variant) for variant in unknown]
+
+
+def test_names_tell_what_differs():
+    """Of the kernels of one deployment of several page sizes, dtypes and configs."""
+    several = describe(**TUNED | {"page_size": [1, 64], "dtype": ["float16", "bfloat16"]})
+    names = {warm.name_of(v) for v in warm.variants(several, devices.from_label("9.0"))}
+    for text in ("page_size 1,", "page_size 64,", "fp16,", "bf16,", "nope_step 0,", "8 warps"):
+        assert any(text in name for name in names), text
+    assert any(name.startswith("schedule_kernel(block_b 128") for name in names)
+
+
+# -- what is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            {"device": "cpu"},
+            ValueError,
+            "device must be a GPU, or a capability such as '9.0' where there is none, got 'cpu'",
+        ),
+        ({"device": "7.5"}, ValueError, "capability must be one of 8.0, "),
+        ({"device": "9.0", "heads": 0}, ValueError, "heads must be a whole number of at least 1"),
+        (
+            {"device": "9.0", "latent": 500},
+            NotImplementedError,
+            "no implementation of decode can run on 9.0: portable: value_dim must be ",
+        ),
+        (
+            {"device": "9.0", "max_batch": 1, "processes": 0},
+            ValueError,
+            "processes must be a whole number of at least 1, got 0",
+        ),
+    ],
+    ids=str,
+)
+def test_what_is_refused(arguments, error, message):
+    with pytest.raises(error) as caught:
+        mla_triton.warmup(**arguments)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_a_card_has_to_be_named():
+    here = devices.current().label
+    with pytest.raises(ValueError, match=f"^device must be a GPU, or a capability .*, got {here}$"):
+        mla_triton.warmup(max_batch=1)

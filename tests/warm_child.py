@@ -1,0 +1,146 @@
+"""Calls as an engine makes them, up to the kernels that they ask for; and a process that serves them.
+
+    python warm_child.py LABEL SEED CALLS DESCRIPTION
+
+DESCRIPTION is the JSON of a deployment, as `mla_triton.warmup` takes it. Every kernel that the calls
+ask for is made ready for the card LABEL, launching none. Prints JSON: the keys of what Triton found
+in its cache and of what it compiled, the names of the latter, and the kernels of a warm-up.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+
+from mla_triton import configs, select, validate
+from mla_triton import device as devices
+from mla_triton.device import Device
+from mla_triton.kernels.common.launch import Variant
+from mla_triton.ops import decode as operation
+from mla_triton.ops.plan import schedule_launcher
+from mla_triton.problem import DecodeProblem
+from mla_triton.tuning import warm
+from mla_triton.tuning.deployment import Deployment, describe
+
+
+def made(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def queries_of(
+    deployment: Deployment, tokens: int, dtype: torch.dtype, draw: random.Random
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """[tokens, heads, ...] queries as a model computes them."""
+    heads, latent, rope = deployment.heads, deployment.latent, deployment.rope
+    how = draw.choice(deployment.queries)
+    if how == "joined":
+        q_nope, q_rope = made(tokens, heads, latent + rope, dtype=dtype).split([latent, rope], -1)
+    else:
+        nope = deployment.nope or 16
+        projected = made(tokens, heads, nope + rope, dtype=dtype)
+        before, q_rope = projected.split([nope, rope], -1)
+        absorb = made(heads, nope, latent, dtype=dtype)
+        q_nope = torch.bmm(before.transpose(0, 1), absorb).transpose(0, 1)
+        if how == "split":
+            q_nope = q_nope.contiguous()
+        is_rotated_in_place = how == "head_major" and deployment.nope and draw.random() < 0.5
+        if not is_rotated_in_place:
+            q_rope = q_rope.contiguous()
+    return q_nope, q_rope if rope else None
+
+
+def call(deployment: Deployment, draw: random.Random) -> DecodeProblem:
+    """What one call of a deployment is to the package."""
+    dtype, page_size = draw.choice(deployment.dtypes), draw.choice(deployment.page_sizes)
+    layout, table = draw.choice(deployment.layouts), draw.choice(deployment.tables)
+    latent, rope = deployment.latent, deployment.rope
+    most = deployment.max_batch
+    batch = draw.choice([1, draw.randint(1, most), draw.randint(1, min(4, most)), most])
+    if deployment.ragged:
+        tokens = draw.randint(1, batch * max(deployment.s_q))
+    else:
+        s_q = draw.choice(deployment.s_q)
+        tokens = batch * s_q
+    q_nope, q_rope = queries_of(deployment, tokens, dtype, draw)
+    if not deployment.ragged:
+        q_nope = q_nope.unflatten(0, (batch, s_q))
+        q_rope = None if q_rope is None else q_rope.unflatten(0, (batch, s_q))
+    longest = draw.choice([deployment.max_len, draw.randint(1, deployment.max_len)])
+    pages = -(-longest // page_size)
+    bound = draw.choice([None, longest, draw.randint(1, longest)])
+    indptr = None
+    if table == "dense":
+        page_table = made(batch, pages)
+    else:
+        page_table, indptr = made(draw.choice([pages, pages * batch])), made(batch + 1)
+    fused = layout == "fused" or rope == 0
+    return validate.decode(
+        q_nope,
+        q_rope,
+        made(9, page_size, latent + rope if fused else latent, dtype=dtype),
+        None if fused else made(9, page_size, rope, dtype=dtype),
+        page_table,
+        indptr,
+        made(batch),
+        made(batch + 1) if deployment.ragged else None,
+        made(*q_nope.shape[:-1], deployment.value_dim, dtype=dtype),
+        made(*q_nope.shape[:-1], dtype=torch.float32),
+        softmax_scale=1.0,
+        causal=deployment.causal,
+        value_dim=deployment.value_dim,
+        max_kv_len=bound,
+        allow_tf32=False,
+        has_memory=False,
+    )
+
+
+def kernels_of(problem: DecodeProblem, device: Device) -> Iterator[Variant]:
+    """The kernels that a call launches, found as `mla_triton.decode` finds them."""
+    implementation = select.decode(problem, device).module
+    length = configs.length_bucket(problem.max_kv_len)
+    ready = operation.prepare(implementation, problem, device, None, None, length)
+    tile = ready.geometry.kv_tile
+    yield schedule_launcher(problem.batch, problem.ragged, tile, device, None).variant
+    yield ready.kernel.variant
+    if ready.geometry.parts > 1:
+        yield ready.combine.variant
+
+
+def asked_for(deployment: Deployment, device: Device, seed: int, calls: int) -> list[Variant]:
+    """The kernels of so many calls, each once."""
+    draw = random.Random(seed)
+    problems = (call(deployment, draw) for _ in range(calls))
+    return list(dict.fromkeys(v for problem in problems for v in kernels_of(problem, device)))
+
+
+def plain(variant: Variant) -> list[Any]:
+    return [warm.name_of(variant), variant.types, variant.constants, sorted(variant.aligned)]
+
+
+def main(label: str, seed: str, calls: str, description: str) -> None:
+    device, deployment = devices.from_label(label), describe(**json.loads(description))
+    found: list[str] = []
+    compiled: list[str] = []
+
+    def listen(*, metadata: dict[str, Any], cache_hit: bool, **_: Any) -> None:
+        (found if cache_hit else compiled).append(metadata["hash"])
+
+    triton.knobs.compilation.listener = listen
+    names = []
+    for variant in asked_for(deployment, device, int(seed), int(calls)):
+        before = len(compiled)
+        variant.compile(device)
+        names += [warm.name_of(variant)] * (len(compiled) - before)
+    warmed = [plain(variant) for variant in warm.variants(deployment, device)]
+    told = {"found": found, "compiled": compiled, "names": names, "warmed": warmed}
+    print(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
