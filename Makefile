@@ -66,6 +66,7 @@ bench: $(VENV)/.demo ## decode speed on this machine's GPU, beside the ceilings 
 docs: $(VENV)/.demo ## write the generated pages of docs/ again
 	$(BIN)/python docs/generate_support.py
 	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/report_tuning.py
 
 clean: ## remove the environment and every cache
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

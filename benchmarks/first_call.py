@@ -1,7 +1,7 @@
 """How long the first call of a fresh process takes, before and after a warm-up, and the warm-up.
 
     python benchmarks/first_call.py
-    python benchmarks/first_call.py --output benchmarks/results/first_call_h200.json
+    python benchmarks/first_call.py --output benchmarks/results/tuning/first_call_h200.json
 
 Every figure is of processes of their own over one new directory of Triton's cache, with the host's
 file cache warm. The clock of a first call starts when torch and triton are imported and the GPU is

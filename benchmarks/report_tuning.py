@@ -22,7 +22,7 @@ from mla_triton.configs.table import Row, Table
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-RECORDED = ROOT / "benchmarks" / "results"
+RECORDED = ROOT / "benchmarks" / "results" / "tuning"
 PICTURE = DOCS / "tuning-gain.svg"
 BEGIN, END = "<!-- figures of {} -->\n", "<!-- end of figures -->\n"
 CELL, GAP, LEFT, TOP = 13, 34, 92, 74

@@ -1,7 +1,7 @@
 """How long `mla-triton tune` takes for DeepSeek-V3 at TP 8, from empty caches, and what it finds.
 
 python benchmarks/tune.py
-python benchmarks/tune.py --output benchmarks/results/tune_h200.json
+python benchmarks/tune.py --output benchmarks/results/tuning/tune_h200.json
 """
 
 from __future__ import annotations

@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -17,11 +19,16 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import cells  # noqa: E402
 import decode  # noqa: E402
+import first_call  # noqa: E402
 import peers  # noqa: E402
 import protocol  # noqa: E402
 import report  # noqa: E402
+import report_tuning  # noqa: E402
 import results as results_file  # noqa: E402
 import targets  # noqa: E402
+import tune  # noqa: E402
+
+from mla_triton.configs import shipped  # noqa: E402
 
 
 def row(cell: cells.Cell, us: float, **changes: Any) -> dict[str, Any]:
@@ -361,3 +368,43 @@ def test_command_line(capsys):
     if not torch.cuda.is_available():
         assert decode.main([]) == 2
         assert "needs a GPU" in capsys.readouterr().err
+
+
+# tuning and warm-up
+
+
+def test_the_pages_of_tuning_and_warmup_say_what_the_table_and_the_results_say(capsys):
+    assert report_tuning.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_a_changed_table_makes_the_pages_stale(monkeypatch, capsys):
+    table = shipped.load((9, 0))
+    faster = [replace(row, us=row.us / 2) for row in table.rows[:1]]
+    monkeypatch.setattr(report_tuning.shipped, "load", lambda _: table.with_rows(faster))
+    assert report_tuning.main(["--check"]) == 1
+    said = capsys.readouterr().err
+    assert "docs/tuning.md is stale" in said
+    assert "docs/tuning-gain.svg is stale" in said
+    assert "warmup" not in said
+
+
+def test_the_picture_has_a_square_for_every_point_and_is_xml():
+    table = shipped.load((9, 0))
+    svg = ElementTree.fromstring(report_tuning.picture(table))
+    squares = [node for node in svg.iter() if node.get("class") == "c"]
+    points = [row for row in table.rows if dict(row.point.key)["dtype"] == "bfloat16"]
+    legend = 11
+    assert len(squares) == len(points) + legend
+    assert len({(node.get("x"), node.get("y")) for node in squares}) == len(squares)
+
+
+def test_a_page_without_marks_is_refused():
+    with pytest.raises(ValueError, match="page must have the marks"):
+        report_tuning.with_figures("# Tuned configs\n", "tuning", "figures")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
+@pytest.mark.parametrize("benchmark", [first_call, tune])
+def test_tuning_and_first_calls_are_not_measured_without_a_gpu(benchmark, capsys):
+    assert benchmark.main([]) == 2
+    assert "this needs a GPU" in capsys.readouterr().err

@@ -1,10 +1,10 @@
-"""Calls as an engine makes them, up to the kernels that they ask for; and a process that serves them.
+"""Calls as an engine makes them, up to the kernels they ask for; and a process that serves them.
 
     python warm_child.py LABEL SEED CALLS DESCRIPTION
 
-DESCRIPTION is the JSON of a deployment, as `mla_triton.warmup` takes it. Every kernel that the calls
-ask for is made ready for the card LABEL, launching none. Prints JSON: the keys of what Triton found
-in its cache and of what it compiled, the names of the latter, and the kernels of a warm-up.
+DESCRIPTION is the JSON of a deployment, as `mla_triton.warmup` takes it. Every kernel that the
+calls ask for is made ready for the card LABEL, launching none. Prints JSON: the keys of what Triton
+found in its cache and of what it compiled, the names of the latter, and the kernels of a warm-up.
 """
 
 from __future__ import annotations

@@ -26,6 +26,13 @@ from mla_triton.tuning import workers
 from mla_triton.tuning.deployment import Deployment, describe, resized
 from mla_triton.tuning.workers import Compiled, Job
 
+SIZES = (
+    "VALUE", "TAIL", "PAGE_SIZE", "ROW_TILE", "BLOCK_N", "BLOCK_B", "NOPE_STEP", "ROPE_STEP",
+    "OUT_STEP",
+)  # fmt: skip
+SWITCHES = ("FUSED", "CSR", "RAGGED", "CAUSAL", "FULL_TILES")
+"""Constants that kernels of one deployment differ in."""
+
 
 @dataclass(frozen=True)
 class Warmed:
@@ -161,13 +168,13 @@ def _kv_tile(form: DecodeProblem, device: Device) -> int:
 
 
 def name_of(variant: Variant) -> str:
-    """A variant in a line: the kernel, and what tells it from others of the same."""
+    """A variant in a line: the kernel, and what tells it from others of the same deployment."""
     constants = dict(variant.constants)
-    told = ("VALUE", "TAIL", "PAGE_SIZE", "ROW_TILE", "BLOCK_N", "BLOCK_B", "NOPE_STEP")
-    said = [f"{name.lower()} {constants[name]}" for name in told if name in constants]
-    kinds = {kind for _, kind in variant.types if kind in ("*fp16", "*bf16")} or {"*fp32"}
-    dtype = next(iter(kinds)).removeprefix("*")
-    said += [dtype, f"{variant.num_warps} warps", f"{variant.num_stages} stages"]
+    said = [f"{name.lower()} {constants[name]}" for name in SIZES if name in constants]
+    said += [name.lower() for name in SWITCHES if constants.get(name)]
+    kinds = {kind.removeprefix("*") for _, kind in variant.types}
+    said += [next(kind for kind in ("fp16", "bf16", "fp32", "i32") if kind in kinds)]
+    said += [f"{variant.num_warps} warps", f"{variant.num_stages} stages"]
     return f"{variant.function.__name__}({', '.join(said)})"
 
 
