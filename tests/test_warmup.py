@@ -195,7 +195,8 @@ def test_a_process_that_serves_compiles_nothing(request, name, least):
 
 def test_another_deployment_is_compiled(ragged):
     """So what is counted above can be counted."""
-    told = serve(ragged._replace(description=RAGGED | {"page_size": [48, 16]}))
+    wider = RAGGED | {"page_size": [48, 16], "queries": "joined", "s_q": 1}
+    told = serve(ragged._replace(description=wider))
     assert told["compiled"]
     assert all("page_size 16" in name for name in told["names"])
     assert told["found"]

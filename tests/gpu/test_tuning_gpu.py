@@ -1,0 +1,129 @@
+"""Tuning and warming up for the GPU in this machine: rows are found, kernels are there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mla_triton
+from mla_triton import cli, configs
+from mla_triton import device as devices
+from mla_triton.configs import store
+from mla_triton.configs.table import items
+from mla_triton.kernels.portable import decode as portable
+from mla_triton.ops import decode as operation
+from mla_triton.testing import assert_within_budget, decode_inputs
+
+CHILD = Path(__file__).with_name("warmed.py")
+TIME_LIMIT = 300
+POINT: dict[str, Any] = {"heads": 16, "batches": [1], "lengths": [512]}
+
+pytestmark = pytest.mark.skipif(devices.interpreting(), reason="nothing is compiled or timed")
+
+
+@pytest.fixture
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setenv("MLA_TRITON_CACHE_DIR", str(tmp_path / "rows"))
+    configs.forget()
+    operation.forget()
+    yield
+    monkeypatch.undo()
+    configs.forget()
+    operation.forget()
+
+
+def decode_and_judge() -> None:
+    for kv_lens in ([512], [300], [512, 70, 0, 2000]):
+        inputs = decode_inputs(kv_lens=kv_lens, heads=16, device="cuda")
+        arguments, options = inputs.call_arguments()
+        assert_within_budget(mla_triton.decode(*arguments, **options), inputs)
+
+
+def test_a_tuned_row_is_found_and_right(own_cache, capsys):
+    device = devices.current()
+    tuned = mla_triton.tune(**POINT, quiet=True)
+    assert tuned.failed == []
+    assert not tuned.interrupted
+    (outcome,) = tuned.outcomes
+    assert outcome.row.us > 0
+    assert outcome.gain > 0
+
+    file = store.path(device)
+    assert tuned.path == str(file)
+    (row,) = store.read(device).rows
+    assert row == outcome.row
+    choice = configs.choose(portable, outcome.work.problem, device)
+    assert choice.source == "user"
+    assert choice.row == row
+    assert items(vars(choice.config)) == row.config
+    decode_and_judge()
+
+    shape = ["--heads", "16", "--batch", "1", "--kv-len", "512"]
+    assert cli.main(["explain", *shape, "--json"]) == 0
+    config = json.loads(capsys.readouterr().out)["config"]
+    assert config["source"] == "user"
+    assert str(file) in config["reason"]
+
+    again = mla_triton.tune(**POINT, quiet=True)
+    assert (again.skipped, again.outcomes) == (1, [])
+
+
+def test_a_wrong_config_is_refused_on_the_card(own_cache, monkeypatch):
+    """The judge of the tuner looks at what the GPU has computed."""
+    right = portable.launch
+
+    def launch(launcher, problem, geometry, tensors):
+        """As a kernel that is broken with two stages."""
+        if launcher.variant.num_stages == 2:
+            tensors = tensors._replace(softmax_scale=2 * tensors.softmax_scale)
+        right(launcher, problem, geometry, tensors)
+
+    monkeypatch.setattr(portable, "launch", launch)
+    tuned = mla_triton.tune(**POINT, quiet=True)
+    (outcome,) = tuned.outcomes
+    wrong = [(config, why) for config, why in outcome.refused if why.startswith("wrong: ")]
+    assert wrong
+    assert {config.num_stages for config, _ in wrong} == {2}
+    if outcome.row is not None:
+        assert dict(outcome.row.config)["num_stages"] != 2
+
+
+def child(how: str, tmp_path: Path) -> dict[str, Any]:
+    environment = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(tmp_path / "triton"),
+        "MLA_TRITON_CACHE_DIR": str(tmp_path / "rows"),
+    }
+    ran = subprocess.run(
+        [sys.executable, str(CHILD), how],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIME_LIMIT,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    told: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return told
+
+
+def test_a_process_that_serves_after_a_warm_up_compiles_nothing(tmp_path):
+    warmed = child("warm", tmp_path)
+    assert warmed["missing"] == []
+    assert warmed["compiled"] == warmed["kernels"] > 5
+    assert warmed["launchers"] > 0
+    assert warmed["launched"] == []
+    served = child("serve", tmp_path)
+    assert served["compiled"] == []
+    assert served["built"] == []
+    assert len(served["found"]) > 5
+    assert served["calls"] == 30
+    # So what is counted can be counted.
+    assert served["outside"]
