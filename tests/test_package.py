@@ -50,7 +50,10 @@ ARROWS: list[tuple[str, tuple[str, ...]]] = [
         "mla_triton.configs",
         ("mla_triton.ops", "mla_triton.cli", "mla_triton.tuning", "mla_triton.testing"),
     ),
-    ("mla_triton.ops", ("mla_triton.cli", "mla_triton.tuning", "mla_triton.compat", "mla_triton.testing")),
+    (
+        "mla_triton.ops",
+        ("mla_triton.cli", "mla_triton.tuning", "mla_triton.compat", "mla_triton.testing"),
+    ),
 ]
 ENVIRONMENT = {
     "mla_triton": {"MLA_TRITON_CACHE_DIR", "MLA_TRITON_DEBUG"},

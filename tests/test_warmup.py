@@ -343,29 +343,38 @@ def descriptions(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-def any_row(implementation: Any, problem: Any, device: Device) -> Choice:
-    """As if a table had a row of its own for every key, batch and length."""
-    point = implementation.tuning_point(problem, device)
-    config = implementation.heuristic(problem, device)
-    if point is not None:
-        key, batch, length = point
-        usable = [
-            config
-            for config in implementation.search_space(problem, device)
-            if implementation.is_valid(config, problem, device)[0]
-        ]
-        place = batch + 7 * configs.length_bucket(length).bit_length() + len(repr(key))
-        config = usable[place % len(usable)]
-    return Choice(config, "user", "made up", None)
+def rows_by(what: str) -> Any:
+    """`configs.choose` as if a table had another config for every batch, or every length."""
+
+    def choose(implementation: Any, problem: Any, device: Device) -> Choice:
+        point = implementation.tuning_point(problem, device)
+        config = implementation.heuristic(problem, device)
+        if point is not None:
+            key, batch, length = point
+            usable = [
+                config
+                for config in implementation.search_space(problem, device)
+                if implementation.is_valid(config, problem, device)[0]
+            ]
+            size = batch if what == "batch" else configs.length_bucket(length).bit_length()
+            config = usable[(size + len(repr(key))) % len(usable)]
+        return Choice(config, "user", "made up", None)
+
+    return choose
 
 
-@settings(max_examples=40)
-@given(descriptions(), st.sampled_from(["8.0", "8.9", "9.0", "10.0", "gfx942"]), st.integers(0, 99))
-def test_every_kernel_of_every_call_is_known(description, label, seed):
+@settings(max_examples=60)
+@given(
+    descriptions(),
+    st.sampled_from(["8.0", "8.9", "9.0", "10.0", "gfx942"]),
+    st.sampled_from(["batch", "length"]),
+    st.integers(0, 99),
+)
+def test_every_kernel_of_every_call_is_known(description, label, what, seed):
     """Whatever rows a table has: configs follow from key, batch and length alone."""
     device, deployment = devices.from_label(label), describe(**description)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(configs, "choose", any_row)
+        patch.setattr(configs, "choose", rows_by(what))
         operation.prepare.cache_clear()
         asked = set(warm_child.asked_for(deployment, device, seed, calls=60))
         known = warm.variants(deployment, device)
@@ -383,7 +392,7 @@ def test_no_two_kernels_of_a_deployment_have_one_name(heads, ragged):
         layout=LAYOUTS, table=TABLES, ragged=ragged, max_batch=2, max_len=8,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(configs, "choose", any_row)
+        patch.setattr(configs, "choose", rows_by("batch"))
         known = warm.variants(several, devices.from_label("9.0"))
     names = {warm.name_of(variant) for variant in known}
     assert len(names) == len(known)

@@ -5,6 +5,7 @@ The processes are real, and compile real kernels of a few lines.
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import subprocess
@@ -175,8 +176,17 @@ def test_what_cannot_be_sent_is_an_answer(filled):
     """No thread dies of it, for its answers are waited for."""
     odd = replace(variant(64), constants=(("COUNT", lambda: None),))
     wrong, right = answers([odd, variant(64)], filled, processes=1)
-    assert wrong.error.startswith("cannot be pickled: ")
+    assert "pickle" in wrong.error
     assert right.error is None
+
+
+def test_a_process_that_cannot_be_started_is_an_answer(monkeypatch, tmp_path):
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(subprocess, "Popen", refused)
+    got = answers([variant(64), variant(128)], tmp_path)
+    assert [answer.error for answer in got] == ["OSError: [Errno 12] Cannot allocate memory"] * 2
 
 
 def test_nothing_to_do():

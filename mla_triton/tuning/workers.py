@@ -103,24 +103,30 @@ class _Worker(threading.Thread):
                 number = self._waiting.get_nowait()
             except queue.Empty:
                 break
-            self._done.put((number, self._answer(self._jobs[number])))
+            try:
+                answer = self._answer(self._jobs[number])
+            except Exception as error:
+                # Whatever it is, the thread goes on: its answers are waited for.
+                self._end()
+                text = f"{type(error).__name__}: {error}"
+                answer = Compiled(cached=False, seconds=0.0, error=text)
+            self._done.put((number, answer))
         self.stop()
 
     def stop(self) -> None:
         """Ends the process, whatever it does."""
         with self._lock:
             self._stopped = True
-            process = self._process
+        self._end()
+
+    def _end(self) -> None:
+        process = self._process
         if process is not None:
             process.kill()
             process.wait()
 
     def _answer(self, job: Job) -> Compiled:
-        try:
-            given = pickle.dumps(job)
-        except Exception as error:
-            # Whatever it is, the thread must go on: its answers are waited for.
-            return Compiled(cached=False, seconds=0.0, error=f"cannot be pickled: {error}")
+        given = pickle.dumps(job)
         process = self._running()
         if process is None:
             return Compiled(cached=False, seconds=0.0, error="stopped")
