@@ -49,7 +49,7 @@ def queries_of(
         q_nope = torch.bmm(before.transpose(0, 1), absorb).transpose(0, 1)
         if how == "split":
             q_nope = q_nope.contiguous()
-        is_rotated_in_place = how == "head_major" and deployment.nope and draw.random() < 0.5
+        is_rotated_in_place = deployment.nope and draw.random() < 0.5
         if not is_rotated_in_place:
             q_rope = q_rope.contiguous()
     return q_nope, q_rope if rope else None

@@ -38,6 +38,7 @@ def add_commands(commands: Commands) -> None:
     add("--gpu", metavar="NAME", help="its name, for which there are tuned rows: 'NVIDIA H200'")
     add("--sm-count", type=positive, metavar="N", help="its multiprocessors, where not the usual")
     add("--cache", metavar="DIR", help="directory of Triton's cache; default: Triton's own")
+    add("--installed-at", metavar="DIR", help="where --cache will lie, if it is to be copied")
     add("--check", action="store_true", help="compile nothing; exit with 1 if anything would")
     add("--processes", type=positive, metavar="N", help="that compile; default: one a core")
 
@@ -58,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
             check=arguments.check,
             processes=arguments.processes,
             cache=arguments.cache,
+            installed_at=arguments.installed_at,
             progress=say,
             **description(arguments),
             layout=arguments.layout,

@@ -79,7 +79,7 @@ class Deployment:
 
     def _rope_widths(self, query: str) -> tuple[int, ...]:
         """From one rotary query to the next: alone, or behind what was absorbed."""
-        if query == "head_major" and self.rope and self.nope is not None:
+        if query != "joined" and self.rope and self.nope is not None:
             return self.rope, self.nope + self.rope
         return (self.rope,)
 

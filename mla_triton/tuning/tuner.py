@@ -43,7 +43,7 @@ ROUND_MICROSECONDS = 5_000
 """Replays of a graph for each round of a decision."""
 STORE_SECONDS = 20.0
 MEMORY_SHARE = 0.8
-"""Of the card's free memory, what a trial may take."""
+"""Of the card's memory, what the keys of a trial may take."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,8 @@ def tune(
         NotImplementedError: no kernel can run the deployment on the card; says why.
         mla_triton.configs.store.StoreError: the user's cache cannot be written.
     """
+    if device is None and not torch.cuda.is_available():
+        raise ValueError("device must be a GPU of this machine to be timed, there is none")
     card = card_of(device)
     if card.modelled or not torch.cuda.is_available():
         raise ValueError(f"device must be a GPU of this machine to be timed, got {card.label}")

@@ -7,6 +7,7 @@ looked up for them, so all batches and all length buckets are looked up. Nothing
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,10 @@ SIZES = (
 )  # fmt: skip
 SWITCHES = ("FUSED", "CSR", "RAGGED", "CAUSAL", "FULL_TILES")
 """Constants that kernels of one deployment differ in."""
+
+
+LISTING = "__grp__"
+"""How the name of Triton's list of a kernel's files begins."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ def warmup(
     check: bool = False,
     processes: int | None = None,
     cache: str | Path | None = None,
+    installed_at: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
     **description: Any,
 ) -> Warmed:
@@ -72,6 +78,8 @@ def warmup(
         check: only ask what would still have to be compiled.
         processes: how many compile side by side; by default one a core.
         cache: the directory of Triton's cache; by default Triton's own.
+        installed_at: where that directory will lie on the machine that serves, if it is to be
+            copied: Triton keeps whole paths in it. It is of no use where it is now, then.
         progress: called with (done, all) after each kernel.
         description: the deployment, as `mla-triton warmup --help` lists it: `model` or `from_model`
             with `tp`, or `heads`, `latent`, `rope`, `value_dim`; `max_batch`, `max_len`, `s_q`,
@@ -82,12 +90,16 @@ def warmup(
         ValueError: an argument breaks a rule; the message names it.
         NotImplementedError: no kernel can run the deployment on the card; says why.
     """
+    if installed_at is not None and (cache is None or check):
+        rule = "be left out without cache, and with check"
+        raise ValueError(f"installed_at must {rule}, got {str(installed_at)!r}")
     card = card_of(device)
     wanted = variants(describe(**description), card)
     began = time.perf_counter()
     jobs = [Job(variant, card, only_ask=check) for variant in wanted]
     answers: dict[int, Compiled] = {}
-    directory = Path(cache) if cache is not None else Path(triton.knobs.cache.dir)
+    # Relative ones would be kept in it as they are, and be of use in this directory alone.
+    directory = Path(triton.knobs.cache.dir if cache is None else cache).absolute()
     for number, answer in workers.run(jobs, processes, directory):
         answers[number] = answer
         if progress is not None:
@@ -100,6 +112,8 @@ def warmup(
     # Another directory is not the one that this process would load from.
     here = not card.modelled and card.backend in ("cuda", "hip") and cache is None
     loaded = _load(wanted, card) if here and not check and not missing else 0
+    if installed_at is not None:
+        relocate(directory, Path(installed_at).absolute())
     return Warmed(
         device=card.label,
         kernels=len(wanted),
@@ -112,6 +126,21 @@ def warmup(
     )
 
 
+def relocate(directory: Path, destination: Path) -> None:
+    """Makes a directory of Triton's cache one that will be at another place.
+
+    Triton lists a kernel's files by their whole paths, in a file of its own for each kernel.
+    """
+    for listing in sorted(directory.glob(f"*/{LISTING}*")):
+        plain = json.loads(listing.read_text(encoding="utf-8"))
+        plain["child_paths"] = {
+            name: str(destination / listing.parent.name / name) for name in plain["child_paths"]
+        }
+        new = listing.with_name(f"{listing.name}.new")
+        new.write_text(json.dumps(plain), encoding="utf-8")
+        new.replace(listing)
+
+
 def card_of(device: str | torch.device | Device | None) -> Device:
     """The card that is meant; ValueError for one that compiles nothing."""
     if isinstance(device, Device):
@@ -121,9 +150,9 @@ def card_of(device: str | torch.device | Device | None) -> Device:
     else:
         card = devices.current() if device is None else devices.of(torch.device(device))
     if card.backend not in ("cuda", "hip"):
+        got = "none here" if device is None else repr(device)
         raise ValueError(
-            "device must be a GPU, or a capability such as '9.0' where there is none, "
-            f"got {card.label if device is None else device!r}"
+            f"device must be a GPU, or a capability such as '9.0' where there is none, got {got}"
         )
     return card
 
