@@ -10,7 +10,6 @@ there, and stops when the result is; the import of mla_triton is inside.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -18,8 +17,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
+
+import results as results_file
 
 DEPLOYMENT = ("--model", "deepseek-v3", "--tp", "8", "--max-batch", "128", "--max-len", "131072")
 REPEATS = 3
@@ -115,21 +115,7 @@ def lines(figures: dict[str, Any]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="first_call.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="write the figures here, as JSON")
-    arguments = parser.parse_args(argv)
-    import torch
-
-    if not torch.cuda.is_available():
-        print("first_call.py: error: this needs a GPU", file=sys.stderr)
-        return 2
-    import results as results_file
-
-    figures = {"header": results_file.header("python benchmarks/first_call.py")} | measure()
-    if arguments.output:
-        arguments.output.write_text(json.dumps(figures, indent=2) + "\n")
-    print("\n".join(lines(figures)))
-    return 0
+    return results_file.record("first_call.py", __doc__, measure, lines, argv)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,32 @@ def _output(*command: str) -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.strip().splitlines()[0] if done.stdout.strip() else "unknown"
+
+
+def record(
+    name: str,
+    about: str,
+    measure: Callable[[], dict[str, Any]],
+    lines: Callable[[dict[str, Any]], list[str]],
+    argv: Sequence[str] | None,
+) -> int:
+    """The command of a benchmark without cells: measures, keeps figures if asked to, says them.
+
+    2 where there is no GPU.
+    """
+    parser = argparse.ArgumentParser(prog=name, description=about.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="write the figures here, as JSON")
+    arguments = parser.parse_args(argv)
+    import torch
+
+    if not torch.cuda.is_available():
+        print(f"{name}: error: this needs a GPU", file=sys.stderr)
+        return 2
+    figures = {"header": header(f"python benchmarks/{name}")} | measure()
+    if arguments.output:
+        arguments.output.write_text(json.dumps(figures, indent=2) + "\n")
+    print("\n".join(lines(figures)))
+    return 0
 
 
 def write(path: Path, results: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ python benchmarks/tune.py --output benchmarks/results/tuning/tune_h200.json
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -14,8 +13,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
+
+import results as results_file
 
 COMMAND = "mla-triton tune --model deepseek-v3 --tp 8 --max-batch 128 --max-len 131072"
 
@@ -35,26 +35,16 @@ def measure() -> dict[str, Any]:
     return {"command": COMMAND, "cores": len(os.sched_getaffinity(0))} | facts
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="tune.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="write the figures here, as JSON")
-    arguments = parser.parse_args(argv)
-    import torch
-
-    if not torch.cuda.is_available():
-        print("tune.py: error: this needs a GPU", file=sys.stderr)
-        return 2
-    import results as results_file
-
-    figures = {"header": results_file.header("python benchmarks/tune.py")} | measure()
-    if arguments.output:
-        arguments.output.write_text(json.dumps(figures, indent=2) + "\n")
-    print(
+def lines(figures: dict[str, Any]) -> list[str]:
+    return [
         f"{len(figures['rows'])} rows in {figures['seconds']:.1f} s, {figures['kernels']} kernels "
         f"compiled in {figures['compile_seconds']:.1f} s; gain over the heuristic, or over the row "
         f"that is shipped where it stays: {figures['mean_gain']:.3f}"
-    )
-    return 0
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return results_file.record("tune.py", __doc__, measure, lines, argv)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from typing import Any
 
 import pytest
 import torch
+from commands import answer, refused, run
 
 import mla_triton
 from mla_triton import check, cli, timing
@@ -17,37 +14,6 @@ from mla_triton import device as devices
 from mla_triton.configs import cache_directory
 
 HAS_GPU = torch.cuda.is_available()
-
-
-def run(*arguments: str, **environment: str | None) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own; a variable set to None is taken out."""
-    changed = os.environ | {n: v for n, v in environment.items() if v is not None}
-    for name in (name for name, value in environment.items() if value is None):
-        changed.pop(name, None)
-    return subprocess.run(
-        [sys.executable, "-m", "mla_triton", *arguments],
-        env=changed,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line that bad arguments give."""
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(arguments)
-    assert stopped.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.count("\n") == 1
-    return err.rstrip("\n")
-
-
-def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
-    assert cli.main([*arguments, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
 
 
 def test_version(capsys):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 import tables
 import triton
@@ -61,16 +62,11 @@ def lines(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) ->
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line that bad arguments give."""
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["configs", *arguments])
-    assert stopped.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.count("\n") == 1
+    """What is said of bad arguments, without the command."""
     command = f"mla-triton configs {arguments[0]}: error: "
-    assert err.startswith(command)
-    return err.removeprefix(command).rstrip("\n")
+    said = commands.refused(capsys, "configs", *arguments)
+    assert said.startswith(command)
+    return said.removeprefix(command)
 
 
 def batches(facts: Any) -> list[tuple[str, int]]:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import tables
 import torch
+from commands import refused
 
 from mla_triton import cli, configs
 from mla_triton import device as devices
@@ -45,17 +46,6 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def facts(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
     return json.loads(said(capsys, *arguments, "--json"))
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line that bad arguments give."""
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(arguments)
-    assert stopped.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.count("\n") == 1
-    return err.rstrip("\n")
 
 
 # -- what would be tuned

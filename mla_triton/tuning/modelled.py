@@ -13,20 +13,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 
-import torch
-import triton
-
-import mla_triton
 from mla_triton import configs, models, select
 from mla_triton import device as devices
 from mla_triton.configs import shipped
-from mla_triton.configs.table import Header, Point, Row, Table, items, loads
+from mla_triton.configs.table import Point, Row, Table, items, loads
 from mla_triton.device import Device
 from mla_triton.problem import DecodeProblem
 from mla_triton.tuning.deployment import describe, resized
+from mla_triton.tuning.tuner import header_of
 
 LABELS = ("8.0", "8.6", "8.9", "10.0", "12.0")
 MAIN, OTHERS = "DeepSeek-V3", ("MiniCPM3-4B", "Mistral-Small-4", "DeepSeek-V4-Flash")
@@ -54,20 +50,7 @@ def rows(device: Device) -> list[Row]:
 
 def table(device: Device) -> Table:
     """The whole table of a card, made now."""
-    return Table(
-        Header(
-            capability=device.label,
-            gpu=device.name,
-            sm_count=device.sm_count,
-            mla_triton=mla_triton.__version__,
-            torch=torch.__version__,
-            triton=triton.__version__,
-            date=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-            protocol=PROTOCOL,
-            commit="",
-        ),
-        tuple(rows(device)),
-    )
+    return Table(header_of(device, PROTOCOL, commit=""), tuple(rows(device)))
 
 
 def _forms() -> Iterator[DecodeProblem]:

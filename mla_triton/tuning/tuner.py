@@ -264,7 +264,7 @@ def _run(
     on_outcome: Callable[[Outcome], None] | None,
 ) -> None:
     compiled = _compile(work, card, result, processes, quiet)
-    header = _header(card)
+    header = header_of(card, trials.PROTOCOL, _commit())
     memory = trials.Memory(torch.device("cuda", torch.cuda.current_device()))
     progress = None if quiet else Progress("timed", len(work))
     unsaved: list[Row] = []
@@ -392,7 +392,8 @@ def is_faster(times: Sequence[float], others: Sequence[float]) -> bool:
     return statistics.median(ratios) - 1 > max(NOISE, max(ratios) - min(ratios))
 
 
-def _header(card: Device) -> Header:
+def header_of(card: Device, protocol: str, commit: str) -> Header:
+    """The header of a table that is made now, by the versions that are here."""
     import mla_triton
 
     return Header(
@@ -403,8 +404,8 @@ def _header(card: Device) -> Header:
         torch=torch.__version__,
         triton=triton.__version__,
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        protocol=trials.PROTOCOL,
-        commit=_commit(),
+        protocol=protocol,
+        commit=commit,
     )
 
 
