@@ -30,7 +30,7 @@ from mla_triton.kernels.portable import decode as portable
 from mla_triton.problem import DecodeProblem
 from mla_triton.tuning import tuner
 from mla_triton.tuning.deployment import describe, resized
-from mla_triton.tuning.tuner import Outcome, Tuned, is_faster, list_work, tune
+from mla_triton.tuning.tuner import Outcome, Tuned, is_faster, tune
 from mla_triton.tuning.workers import Compiled, Job
 
 Config = portable.Config
@@ -317,7 +317,7 @@ def test_a_gain_within_the_noise_changes_nothing(card):
 def test_a_gain_that_comes_and_goes_changes_nothing(card):
     """A tenth of the time, and more than a tenth between one round and another."""
     one = {"batches": [1], "lengths": [512]}
-    ((only,), _) = work(**one)
+    ((only,), _) = tuner.list_work(device=CARD, **description(**one))
     glances = [1.0] * len(only.candidates)
     card.microseconds = lambda config, problem: 18.0 if config == FAST else 20.0
     # In each round first the heuristic, then what looked fastest.
@@ -481,73 +481,7 @@ def test_a_disk_that_is_full_later(card, monkeypatch):
     assert rows() == []
 
 
-# -- what is to be done
-
-
-def work(**changes: Any) -> tuple[list[tuner.Work], int]:
-    return list_work(device=CARD, **description(**changes))
-
-
-def grid(**changes: Any) -> set[tuple[int, int]]:
-    return {(each.point.batch, each.point.length) for each in work(**changes)[0]}
-
-
-def test_the_grid_is_powers_of_four_and_the_largest(card):
-    assert grid() == {(1, 512), (1, 2048), (4, 512), (4, 2048)}
-    batches = {batch for batch, _ in grid(max_batch=100)}
-    assert batches == {1, 4, 16, 64, 100}
-    lengths = {length for _, length in grid(max_len=100_000)}
-    assert lengths == {512, 2048, 8192, 32768, 131072}
-    assert grid(max_batch=1, max_len=100) == {(1, 128)}
-
-
-def test_a_grid_of_ones_own(card):
-    assert grid(batches=[3, 3, 7], lengths=[1, 1000, 1024, 1025]) == {
-        (batch, length) for batch in (3, 7) for length in (1, 1024, 2048)
-    }
-    assert grid(batches=[512], lengths=[8192]) == {(512, 8192)}
-
-
-@pytest.mark.parametrize("name", ["batches", "lengths"])
-@pytest.mark.parametrize("size", [0, -1, 1.5, "4", True, None])
-def test_sizes_that_are_none(card, name, size):
-    with pytest.raises(ValueError, match=f"^{name} must be positive whole numbers, got {size!r}$"):
-        work(**{name: [1, size]})
-
-
-def test_points_are_distinct_and_the_largest_come_first(card):
-    found, _ = work(dtype=["float16", "bfloat16"], page_size=[64, 128, 16], s_q=[1, 2, 5, 6])
-    points = [each.point for each in found]
-    assert len(points) == len(set(points)) == 2 * 2 * 3 * POINTS
-    for dtype in (torch.float16, torch.bfloat16):
-        sizes = [tuner.trials.bytes_of(e.problem) for e in found if e.problem.dtype == dtype]
-        assert sizes == sorted(sizes, reverse=True)
-    dtypes = [each.problem.dtype for each in found]
-    assert dtypes == sorted(dtypes, key=str), "memory of one dtype is made once"
-    for each in found:
-        key, batch, length = portable.tuning_point(each.problem, CARD)
-        assert each.point == ("decode", "portable", key, batch, length)
-
-
-@pytest.mark.parametrize("label", ["8.0", "8.9", "9.0", "12.0", "gfx942"])
-def test_candidates_are_valid_and_the_pruned_are_not(label):
-    device = tuner.card_of(label)
-    found, _ = list_work(
-        device=label, heads=128, s_q=[1, 2], page_size=[1, 64], max_batch=16, max_len=512
-    )
-    assert found
-    for each in found:
-        for config in each.candidates:
-            assert portable.is_valid(config, each.problem, device)[0]
-        for config, why in each.pruned:
-            assert portable.is_valid(config, each.problem, device) == (False, why)
-            assert "bytes of shared memory" in why
-        space = set(portable.search_space(each.problem, device))
-        tried = set(each.candidates) | {config for config, _ in each.pruned}
-        assert tried == space | {each.heuristic, each.incumbent}
-        assert each.candidates[0] == each.heuristic
-        assert len(tried) == len(each.candidates) + len(each.pruned)
-    assert label == "9.0" or any(each.pruned for each in found)
+# -- what is not tuned
 
 
 def test_float32_has_nothing_to_tune(card):
