@@ -1,1 +1,0 @@
-"""Kernels for Hopper (capability 9.0), in Gluon."""
