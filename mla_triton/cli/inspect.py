@@ -16,13 +16,12 @@ import mla_triton
 from mla_triton import device as devices
 from mla_triton import explain as explanation
 from mla_triton import models
-from mla_triton.cli.options import DTYPES, Commands, add_command, natural, positive, show
+from mla_triton.cli.options import Commands, add_command, natural, positive, show
 from mla_triton.configs import cache_directory
 from mla_triton.device import Device
 from mla_triton.explain import device_facts, device_line
 from mla_triton.problem import DecodeProblem, RowSteps
-
-MAX_HEADS = 128
+from mla_triton.tuning.deployment import DTYPES, MAX_HEADS
 
 
 def add_commands(commands: Commands) -> None:

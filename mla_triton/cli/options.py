@@ -7,9 +7,8 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-import torch
+from mla_triton.tuning.deployment import DTYPES
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 Commands = Any
 """What argparse's `add_subparsers` returns, which has no public name."""
 

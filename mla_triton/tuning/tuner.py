@@ -31,7 +31,7 @@ from mla_triton.tuning import decode as trials
 from mla_triton.tuning import workers
 from mla_triton.tuning.deployment import Deployment, describe, resized
 from mla_triton.tuning.progress import Progress
-from mla_triton.tuning.warm import card_of
+from mla_triton.tuning.warm import card_of, index_of
 from mla_triton.tuning.workers import Compiled, Job
 
 BATCHES = (1, 4, 16, 64, 256, 1024)
@@ -135,7 +135,7 @@ def tune(
     Args:
         device: the GPU, by default the current one.
         batches, lengths: the grid; by default powers of four up to the deployment's largest.
-            Lengths are powers of two.
+            A length counts as the next power of two.
         again: also points that the user's cache has; their rows stay unless beaten.
         processes: how many compile side by side; by default one a core.
         quiet: no progress on stderr.
@@ -157,9 +157,8 @@ def tune(
         device=card, batches=batches, lengths=lengths, again=again, **description
     )
     result = Tuned(card.label, skipped=skipped, path=str(store.path(card)))
-    index = None if device is None or isinstance(device, Device) else torch.device(device).index
     began = time.perf_counter()
-    with torch.cuda.device(index):
+    with torch.cuda.device(index_of(device)):
         try:
             _run(work, card, result, processes, quiet, on_outcome)
         except KeyboardInterrupt:

@@ -111,7 +111,10 @@ def warmup(
     )
     # Another directory is not the one that this process would load from.
     here = not card.modelled and card.backend in ("cuda", "hip") and cache is None
-    loaded = _load(wanted, card) if here and not check and not missing else 0
+    loaded = 0
+    if here and not check and not missing:
+        with torch.cuda.device(index_of(device)):
+            loaded = _load(wanted, card)
     if installed_at is not None:
         relocate(directory, Path(installed_at).absolute())
     return Warmed(
@@ -155,6 +158,11 @@ def card_of(device: str | torch.device | Device | None) -> Device:
             f"device must be a GPU, or a capability such as '9.0' where there is none, got {got}"
         )
     return card
+
+
+def index_of(device: str | torch.device | Device | None) -> int | None:
+    """The number of the GPU here that is meant; None for the current one."""
+    return None if device is None or isinstance(device, Device) else torch.device(device).index
 
 
 def variants(deployment: Deployment, device: Device) -> list[Variant]:
