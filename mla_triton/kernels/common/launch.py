@@ -63,15 +63,17 @@ class Variant:
     """Launched so that it may begin before the kernel before it has ended."""
     max_registers: int | None = None
     """Registers of a thread at most, where the compiler can be told (NVIDIA)."""
+    source: type[ASTSource] = ASTSource
+    """What Triton calls a source in the language of the function: Triton, or Gluon's own."""
 
     def compile(self, device: Device) -> Any:
         """Machine code for `device`, as Triton's CompiledKernel; launches nothing, needs no GPU."""
-        return self._compile(ASTSource, device)
+        return self._compile(self.source, device)
 
     def is_compiled(self, device: Device) -> bool:
         """Whether Triton's cache holds the machine code; compiles nothing."""
         try:
-            self._compile(CachedSource, device)
+            self._compile(type("Cached", (NeverMade, self.source), {}), device)
         except NotCompiled:
             return False
         return True
@@ -123,8 +125,8 @@ class NotCompiled(Exception):
     """Triton's cache does not hold a kernel."""
 
 
-class CachedSource(ASTSource):  # type: ignore[misc]
-    """A source that Triton finds in its cache, or not at all."""
+class NeverMade:
+    """Mixed into a source: Triton finds it in its cache, or not at all."""
 
     def make_ir(self, *_: Any, **__: Any) -> Any:
         raise NotCompiled

@@ -1,0 +1,1 @@
+"""Kernels for Hopper (capability 9.0), in Gluon."""

@@ -1,0 +1,250 @@
+"""Split-KV absorbed attention over a paged latent cache, for Hopper, in Gluon.
+
+What: as `mla_triton.kernels.portable.decode`, over the same schedule, into the same partial
+results. Where: capability 9.0 exactly. **Not selected yet**: it compiles, and has not run on a
+card.
+
+Work: program (lane, part) walks the groups of its part, with a tile of 64 rows, in three
+partitions: two warpgroups, each of which keeps one half of the latent output in registers (64 x 256
+float32: 128 a thread), and one warp that loads keys by TMA. A key block is 64 keys. How the two
+share the work is one of two forms: `asymmetric.py` for few rows, `pairs.py` for many; each says
+what its shared memory holds and which barriers it has.
+
+Budget at latent 512 + rope 64: 225 and 218 KiB of shared memory; 168 registers a thread as
+launched, 240 for a warpgroup and 24 for the loader once they are apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from mla_triton.device import Device
+from mla_triton.kernels.common.launch import TYPE_NAMES, Variant
+from mla_triton.kernels.sm90 import asymmetric, pairs
+from mla_triton.kernels.sm90.gluon import GluonASTSource, gl, gluon
+from mla_triton.kernels.sm90.pieces import KEYS, ROWS, Call, barriers
+from mla_triton.problem import DecodeProblem
+
+OP = "decode"
+NAME = "sm90"
+REGISTERS_AT_LAUNCH = 168
+REGISTERS = gl.constexpr(240)
+"""Of a thread of a warpgroup, once the loader has given its own away."""
+LOADER_REGISTERS = gl.constexpr(24)
+TILE = gl.NVMMASharedLayout(128, 16, 2)
+"""How a tile of 16-bit numbers lies in shared memory for TMA and wgmma: in 128-byte swizzles."""
+WIDTHS = ((512, 64), (256, 64))
+"""(value, key columns behind it) that the kernel is written for."""
+PAGES = (16, 32)
+"""Page sizes below a block that a block can be put together from."""
+
+ARGUMENTS = (
+    ("q_nope", "*T"),
+    ("q_rope", "*T"),
+    ("pages", "*i32"),
+    ("indptr", "*i32"),
+    ("kv_lens", "*i32"),
+    ("cu_seqlens_q", "*i32"),
+    ("schedule", "*i32"),
+    ("partial_out", "*fp32"),
+    ("partial_lse", "*fp32"),
+    ("out", "*T"),
+    ("lse", "*fp32"),
+    ("half_map", "map of half of a latent"),
+    ("rope_map", "map of a rotary key"),
+    ("q_nope_stride_b", "i64"),
+    ("q_nope_stride_s", "i64"),
+    ("q_nope_stride_h", "i64"),
+    ("q_rope_stride_b", "i64"),
+    ("q_rope_stride_s", "i64"),
+    ("q_rope_stride_h", "i64"),
+    ("out_stride_b", "i64"),
+    ("out_stride_s", "i64"),
+    ("out_stride_h", "i64"),
+    ("lse_stride_b", "i64"),
+    ("lse_stride_s", "i64"),
+    ("lse_stride_h", "i64"),
+    ("table_size", "i64"),
+    ("page_rows", "i32"),
+    ("rope_column", "i32"),
+    ("batch", "i32"),
+    ("s_q", "i32"),
+    ("queries", "i32"),
+    ("heads", "i32"),
+    ("max_kv_len", "i32"),
+    ("planned_kv_len", "i32"),
+    ("num_pages", "i32"),
+    ("parts", "i32"),
+    ("scale_log2", "fp32"),
+)
+ALIGNED = frozenset(
+    name
+    for name, _ in ARGUMENTS
+    if name in ("q_nope", "q_rope", "out", "partial_out")
+    or (name.startswith(("q_", "out_")) and "_stride_" in name)
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which of the two forms."""
+
+    in_pairs: bool
+
+
+def why_not(problem: DecodeProblem, device: Device) -> str | None:
+    """The reason this implementation cannot take a problem, or None."""
+    if device.capability != (9, 0):
+        return f"it is written for capability 9.0, this card has {device.label}"
+    if problem.dtype not in (torch.float16, torch.bfloat16) or not problem.aligned:
+        return "it reads aligned float16 or bfloat16"
+    if (problem.value_dim, problem.key_tail) not in WIDTHS:
+        widths = " or ".join(f"{value}+{tail}" for value, tail in WIDTHS)
+        return f"it is written for {widths}, got {problem.value_dim}+{problem.key_tail}"
+    if problem.page_size % KEYS.value and problem.page_size not in PAGES:
+        return f"a TMA box is 16, 32 or 64 keys of one page, got pages of {problem.page_size}"
+    return None
+
+
+def is_valid(config: Config, problem: DecodeProblem, device: Device) -> tuple[bool, str]:
+    """Whether a config can be compiled and launched, with the rule that decides it."""
+    reason = why_not(problem, device)
+    if reason is not None:
+        return False, reason
+    if config.in_pairs and problem.page_size < KEYS.value // 2:
+        return False, f"pairs are loaded from at most two pages a block, got {problem.page_size}"
+    return True, "one program an SM"
+
+
+_asymmetric, _pairs = asymmetric.Shared, pairs.Shared
+_load_blocks, _scores, _rest = (
+    asymmetric.load_keys,
+    asymmetric.attend_scores,
+    asymmetric.attend_right,
+)
+_load_pairs, _left, _right = pairs.load_pairs, pairs.attend_left, pairs.attend_right
+
+
+@gluon.jit
+def decode_kernel(
+    q_nope, q_rope, pages, indptr, kv_lens, cu_seqlens_q, schedule,
+    partial_out, partial_lse, out, lse, half_map, rope_map,
+    q_nope_stride_b, q_nope_stride_s, q_nope_stride_h,
+    q_rope_stride_b, q_rope_stride_s, q_rope_stride_h,
+    out_stride_b, out_stride_s, out_stride_h, lse_stride_b, lse_stride_s, lse_stride_h,
+    table_size, page_rows, rope_column, batch, s_q, queries, heads, max_kv_len, planned_kv_len,
+    num_pages, parts, scale_log2,
+    HALF: gl.constexpr, TAIL: gl.constexpr, PAGE_SIZE: gl.constexpr, CSR: gl.constexpr,
+    RAGGED: gl.constexpr, CAUSAL: gl.constexpr, IN_PAIRS: gl.constexpr,
+):  # fmt: skip
+    gdc_wait()
+    gdc_launch_dependents()
+    dtype: gl.constexpr = out.dtype.element_ty
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    call = Call(
+        pages, indptr, kv_lens, cu_seqlens_q, schedule, table_size, batch, s_q, queries, heads,
+        max_kv_len, planned_kv_len, parts, PAGE_SIZE, CSR, RAGGED, CAUSAL,
+    )  # fmt: skip
+    query_left = gl.allocate_shared_memory(dtype, [1, ROWS, HALF], LAYOUT)
+    query_right = gl.allocate_shared_memory(dtype, [1, ROWS, HALF], LAYOUT)
+    left = gl.allocate_shared_memory(dtype, [2, KEYS, HALF], LAYOUT)
+    right = gl.allocate_shared_memory(dtype, [2, KEYS, HALF], LAYOUT)
+    rope = gl.allocate_shared_memory(dtype, [2, KEYS, TAIL], LAYOUT)
+    if IN_PAIRS:
+        shared = _pairs(
+            query_left, query_right, gl.allocate_shared_memory(dtype, [1, ROWS, TAIL], LAYOUT),
+            left, right, rope, gl.allocate_shared_memory(gl.float32, [4, ROWS], VECTOR),
+            barriers(2, 1), barriers(2, 1), barriers(2, 1), barriers(2, 1), barriers(2, 1),
+            barriers(2, 1), barriers(1, 2), barriers(1, 2), barriers(1, 1), barriers(1, 1),
+        )  # fmt: skip
+        gl.warp_specialize(
+            [
+                (_left, (
+                    call, shared, q_nope, q_rope, out, lse, partial_out, partial_lse, scale_log2,
+                    q_nope_stride_b, q_nope_stride_s, q_nope_stride_h,
+                    q_rope_stride_b, q_rope_stride_s, q_rope_stride_h,
+                    out_stride_b, out_stride_s, out_stride_h,
+                    lse_stride_b, lse_stride_s, lse_stride_h, HALF, TAIL,
+                )),
+                (_right, (
+                    call, shared, q_nope, out, partial_out, scale_log2,
+                    q_nope_stride_b, q_nope_stride_s, q_nope_stride_h,
+                    out_stride_b, out_stride_s, out_stride_h, HALF,
+                )),
+                (_load_pairs, (
+                    call, shared, half_map, rope_map, rope_column, page_rows, num_pages, HALF, TAIL,
+                )),
+            ],
+            [4, 1],
+            [REGISTERS, LOADER_REGISTERS],
+        )  # fmt: skip
+    else:
+        shared = _asymmetric(
+            query_left, query_right, left, right, rope,
+            gl.allocate_shared_memory(dtype, [2, ROWS, KEYS], LAYOUT),
+            gl.allocate_shared_memory(gl.float32, [3, ROWS], VECTOR),
+            barriers(2, 1), barriers(2, 1), barriers(2, 1), barriers(2, 1), barriers(2, 1),
+            barriers(2, 1), barriers(1, 1), barriers(1, 1),
+        )  # fmt: skip
+        gl.warp_specialize(
+            [
+                (_scores, (
+                    call, shared, q_nope, q_rope, out, lse, partial_out, partial_lse, scale_log2,
+                    q_nope_stride_b, q_nope_stride_s, q_nope_stride_h,
+                    q_rope_stride_b, q_rope_stride_s, q_rope_stride_h,
+                    out_stride_b, out_stride_s, out_stride_h,
+                    lse_stride_b, lse_stride_s, lse_stride_h, HALF, TAIL,
+                )),
+                (_rest, (
+                    call, shared, out, partial_out, out_stride_b, out_stride_s, out_stride_h, HALF,
+                )),
+                (_load_blocks, (
+                    call, shared, half_map, rope_map, rope_column, page_rows, num_pages, HALF, TAIL,
+                )),
+            ],
+            [4, 1],
+            [REGISTERS, LOADER_REGISTERS],
+        )  # fmt: skip
+
+
+def variant(problem: DecodeProblem, config: Config) -> Variant:
+    """The kernel for a problem: everything but sizes that change from step to step is constant."""
+    box = min(KEYS.value, problem.page_size)
+    half = problem.value_dim // 2
+    kinds = {
+        "*T": f"*{TYPE_NAMES[problem.dtype]}",
+        "map of half of a latent": map_type(problem.dtype, box, half),
+        "map of a rotary key": map_type(problem.dtype, box, problem.key_tail),
+    }
+    return Variant(
+        decode_kernel,
+        tuple((name, kinds.get(kind, kind)) for name, kind in ARGUMENTS),
+        (
+            ("HALF", half),
+            ("TAIL", problem.key_tail),
+            ("PAGE_SIZE", problem.page_size),
+            ("CSR", problem.csr),
+            ("RAGGED", problem.ragged),
+            ("CAUSAL", problem.causal),
+            ("IN_PAIRS", config.in_pairs),
+        ),
+        ALIGNED,
+        programmatic=True,
+        max_registers=REGISTERS_AT_LAUNCH,
+        source=GluonASTSource,
+    )
+
+
+def map_type(dtype: torch.dtype, rows: int, columns: int) -> str:
+    """What Triton calls a TMA descriptor of tiles."""
+    return f"tensordesc<{TYPE_NAMES[dtype]}[{rows}, {columns}],{TILE!r}>"
+
+
+def compile(problem: DecodeProblem, config: Config, device: Device) -> Any:
+    """Machine code for `device`; launches nothing and needs no GPU."""
+    return variant(problem, config).compile(device)
