@@ -32,8 +32,9 @@ mbarrier = hopper.mbarrier
 fence_async_shared = hopper.fence_async_shared
 warpgroup_mma = hopper.warpgroup_mma
 warpgroup_mma_wait = hopper.warpgroup_mma_wait
-copy_tile = _first(hopper.tma, "async_copy_global_to_shared", "async_load")
-copy_async = _first(ampere.async_copy, "async_copy_global_to_shared", "async_load")
+# The newer name first: a release that has both refuses the older one when it is called.
+copy_tile = _first(hopper.tma, "async_load", "async_copy_global_to_shared")
+copy_async = _first(ampere.async_copy, "async_load", "async_copy_global_to_shared")
 commit_copies = ampere.async_copy.commit_group
 wait_copies = ampere.async_copy.wait_group
-sync_threads = _first(gl, "thread_barrier", "barrier")
+sync_threads = _first(gl, "barrier", "thread_barrier")

@@ -147,12 +147,9 @@ def row_offsets(call, request, first_row, tile_rows, stride_b, stride_s, stride_
 @gluon.jit
 def load_query(source, offsets, COLUMN: gl.constexpr, WIDTH: gl.constexpr, target):
     """Starts copying columns of the tile's rows to shared memory."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout(
-        [1, 8],
-        [32 * 8 // WIDTH if WIDTH < 256 else 1, WIDTH // 8 if WIDTH < 256 else 32],
-        [4, 1],
-        [1, 0],
-    )
+    # 16 bytes a thread: a warp takes whole rows, or 512 bytes of one.
+    ACROSS: gl.constexpr = WIDTH // 8 if WIDTH < 256 else 32
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [4, 1], [1, 0])
     columns = COLUMN + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
     rows = gl.convert_layout(offsets, gl.SliceLayout(1, LAYOUT))
     copy_async(target, source + gl.expand_dims(rows, 1) + gl.expand_dims(columns, 0))
