@@ -23,6 +23,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mla_triton.problem import DecodeProblem
 
 TOLERANCE_PERCENT = 115
 """How far above the mean a piece or a whole request may be before the even cut is given up."""
@@ -31,6 +35,9 @@ SPLIT_BALANCE = 32
 because every piece adds to the merge."""
 SPLIT_STEPS = 64
 SNAP_LIMIT = 8
+MAX_RAGGED_LANES = 64
+ENOUGH_PARTS = 4
+"""With fewer parts than this in one wave of programs, several waves balance better than one."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,27 @@ class Geometry:
     def partial_rows(self) -> int:
         """Rows of the buffer of partial results: each part may leave two groups unfinished."""
         return 2 * self.parts * self.group_rows if self.parts > 1 else 0
+
+
+def fitted(
+    problem: DecodeProblem,
+    kv_tile: int,
+    row_tile: int,
+    slots: int,
+    overhead: int,
+    parts: int | None = None,
+) -> Geometry:
+    """The geometry that fills `slots` programs, all resident at once; or that has so many parts."""
+    lanes = max(1, cdiv(problem.rows, row_tile))
+    max_groups = problem.batch
+    if problem.ragged:
+        lanes = min(lanes, MAX_RAGGED_LANES)
+        max_groups += problem.queries * problem.heads // (lanes * row_tile)
+    if parts is None:
+        parts = slots // lanes
+        if parts < ENOUGH_PARTS:
+            parts = max(1, ENOUGH_PARTS * slots // lanes)
+    return Geometry(kv_tile, row_tile, lanes, parts, overhead, max_groups)
 
 
 @dataclass(frozen=True)

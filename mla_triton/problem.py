@@ -58,6 +58,9 @@ class DecodeProblem:
     """Whether every address the kernels compute is a multiple of 16 bytes."""
     allow_tf32: bool = False
     row_steps: RowSteps = UNEVEN
+    page_slots: int = 0
+    """Token slots from the begin of one page to that of the next, where all pages are one row of
+    slots, and the same one for latents and rotary keys; else 0."""
     max_kv_len: int = field(default=2**31 - 1, compare=False)
     num_pages: int = field(default=2**31 - 1, compare=False)
 

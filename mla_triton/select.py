@@ -12,10 +12,12 @@ from typing import NamedTuple
 
 from mla_triton import reference
 from mla_triton.device import Device
+from mla_triton.kernels import sm90
 from mla_triton.kernels.portable import decode as portable_decode
+from mla_triton.kernels.sm90 import decode_config as sm90_config
 from mla_triton.problem import DecodeProblem
 
-DECODE = ("portable", "reference")
+DECODE = ("sm90", "portable", "reference")
 """Implementations of decode, best first."""
 
 
@@ -34,14 +36,32 @@ def why_not_reference(device: Device) -> str | None:
     return None
 
 
+def why_not_sm90(problem: DecodeProblem, device: Device) -> str | None:
+    """What the problem or the card has against it, and then what this Triton has."""
+    reason = sm90_config.why_not(problem, device)
+    return reason or sm90.load_decode()[1] or None
+
+
+def module_of(name: str) -> ModuleType:
+    """The module of an implementation that can run; ValueError for an unknown name."""
+    if name == "sm90":
+        module, reason = sm90.load_decode()
+        if module is None:
+            raise ValueError(f"sm90 must be possible to import: {reason}")
+        return module
+    if name not in DECODE:
+        raise ValueError(f"implementation must be one of {', '.join(DECODE)}, got {name!r}")
+    return portable_decode if name == "portable" else reference
+
+
 def choose_decode(problem: DecodeProblem, device: Device, impl: str | None = None) -> Selection:
     """Chooses for a problem on a device.
 
     Raises ValueError for an `impl` that does not exist, NotImplementedError with every reason where
     nothing can take the problem, or where `impl` cannot.
     """
-    modules = {"portable": portable_decode, "reference": reference}
     reasons = (
+        ("sm90", why_not_sm90(problem, device)),
         ("portable", portable_decode.why_not(problem, device)),
         ("reference", why_not_reference(device)),
     )
@@ -51,10 +71,10 @@ def choose_decode(problem: DecodeProblem, device: Device, impl: str | None = Non
         reason = dict(reasons)[impl]
         if reason is not None and impl != "reference":
             raise NotImplementedError(f"impl {impl!r} cannot run this decode: {reason}")
-        return Selection(impl, modules[impl], reasons)
+        return Selection(impl, module_of(impl), reasons)
     for name, reason in reasons:
         if reason is None:
-            return Selection(name, modules[name], reasons)
+            return Selection(name, module_of(name), reasons)
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons)
     raise NotImplementedError(f"no implementation of decode can run on {device.label}: {listed}")
 

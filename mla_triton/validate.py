@@ -22,6 +22,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INT32_MAX = 2**31 - 1
 MAX_SCALE = torch.finfo(torch.float32).max / math.log2(math.e)
 """The kernels take exponentials to base 2, so the factor of logits is multiplied by log2(e)."""
+USUAL_PAGE = 64
+"""Slots of a page of the cache that a plan, which knows none, is made for."""
 MAX_PARTS = 65535
 """Parts are the second dimension of a launch, which CUDA bounds there."""
 ALIGNMENT = 16
@@ -308,6 +310,7 @@ def decode_problem(call: DecodeCall) -> DecodeProblem:
             out=_row_step(out, 1, lead[-1], heads),
             lse=_row_step(lse, 0, lead[-1], heads),
         ),
+        page_slots=_page_slots(ckv, kpe),
         max_kv_len=INT32_MAX if exceeds_int32(capacity) else capacity,
         num_pages=INT32_MAX if exceeds_int32(num_pages) else num_pages,
     )
@@ -480,6 +483,19 @@ def _row_step(tensor: Layout | None, columns: int, tokens: int, heads: int) -> i
     return step if step < MAX_ROW_STEP else 0
 
 
+def _page_slots(ckv: Layout, kpe: Layout | None) -> int:
+    """Token slots from page to page, 0 where pages are not one row of slots or it is unknown."""
+    steps = set()
+    for tensor in (ckv,) if kpe is None else (ckv, kpe):
+        page_step, slot_step, _ = tensor.strides
+        if any(isinstance(step, torch.SymInt) for step in (page_step, slot_step)):
+            return 0
+        whole = slot_step >= tensor.shape[2] and page_step % slot_step == 0
+        steps.add(page_step // slot_step if whole else 0)
+    slots = steps.pop()
+    return slots if not steps and ckv.shape[1] <= slots <= INT32_MAX else 0
+
+
 def shape(tensor: Layout) -> str:
     return f"shape {tuple(tensor.shape)}"
 
@@ -546,12 +562,13 @@ def plan(
         latent=latent,
         rope=rope,
         value_dim=value,
-        page_size=1,
+        page_size=USUAL_PAGE,
         csr=False,
         causal=False,
         fused=True,
         ckv_stride_slot=latent + rope,
         kpe_stride_slot=0,
+        page_slots=USUAL_PAGE,
         max_kv_len=INT32_MAX if max_kv_len is None else min(max_kv_len, INT32_MAX),
     )
 

@@ -142,6 +142,7 @@ def _problem(arguments: argparse.Namespace) -> DecodeProblem:
         fused=True,
         ckv_stride_slot=latent + rope,
         kpe_stride_slot=0,
+        page_slots=arguments.page_size,
         row_steps=RowSteps(latent + rope, latent + rope if rope else 0, value_dim, 1),
         max_kv_len=max(1, arguments.kv_len),
     )

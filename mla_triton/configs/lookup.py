@@ -45,15 +45,19 @@ def length_bucket(length: int) -> int:
     return 1 << max(0, length - 1).bit_length()
 
 
-def choose(implementation: ModuleType, problem: Any, device: Device) -> Choice:
+def choose(
+    implementation: ModuleType, problem: Any, device: Device, row_tile: int | None = None
+) -> Choice:
     """The config of a problem: a row of the user's, a shipped row, or the heuristic.
 
+    `row_tile` is that of a plan which the problem is cut by, by default the implementation's own.
+
     `implementation` is a kernel module; it gives `OP`, `NAME`, `Config`, `is_valid`,
-    `choose` (its heuristic with the reason) and `tuning_point(problem, device)`: (key, batch,
+    `choose` (its heuristic with the reason) and `tuning_point(problem, device, rows)`: (key, batch,
     length), or None for a problem that is never tuned. Reads no tensor, times nothing.
     """
     passed_over = []
-    point = implementation.tuning_point(problem, device)
+    point = implementation.tuning_point(problem, device, row_tile)
     if point is not None:
         key, batch, length = point
         for origin in origins(device):
@@ -62,12 +66,12 @@ def choose(implementation: ModuleType, problem: Any, device: Device) -> Choice:
             )
             if found is None:
                 continue
-            config, rule = usable(implementation, found.row.config, problem, device)
+            config, rule = usable(implementation, found.row.config, problem, device, row_tile)
             if config is not None:
                 source = "user" if origin.is_user else found.row.source
                 return Choice(config, source, f"{_say(found, origin)}; {rule}", found.row)
             passed_over.append(f"passed over {dict(found.row.config)} of {origin.name}: {rule}")
-    config, reason = implementation.choose(problem, device)
+    config, reason = implementation.choose(problem, device, row_tile)
     if point is not None and not passed_over:
         passed_over.append(f"no tuned row: {_why_no_row(device)}")
     return Choice(config, "heuristic", "; ".join((f"heuristic: {reason}", *passed_over)), None)
@@ -110,14 +114,20 @@ def _origins(device: Device) -> Iterator[Origin]:
         yield Origin(shipped.load(capability), f"the shipped {name}", is_user=False, note=note)
 
 
-def usable(implementation: ModuleType, row: Items, problem: Any, device: Device) -> tuple[Any, str]:
+def usable(
+    implementation: ModuleType,
+    row: Items,
+    problem: Any,
+    device: Device,
+    row_tile: int | None = None,
+) -> tuple[Any, str]:
     """(config, rule) of a row's values; (None, why not) where they are none for this problem."""
     names = {field.name for field in fields(implementation.Config)}
     values = dict(row)
     if set(values) != names or not all(type(value) is int for value in values.values()):
         return None, f"a config has the integers {', '.join(sorted(names))}"
     config = implementation.Config(**values)
-    valid, rule = implementation.is_valid(config, problem, device)
+    valid, rule = implementation.is_valid(config, problem, device, row_tile)
     return (config, rule) if valid else (None, rule)
 
 

@@ -11,10 +11,15 @@ from mla_triton import device as devices
 from mla_triton.configs.lookup import usable
 from mla_triton.configs.table import Items, Row, Scalar, Table
 from mla_triton.device import Device
-from mla_triton.kernels.portable import decode as portable_decode
-from mla_triton.kernels.portable.decode_config import MAX_S_Q_BUCKET
+from mla_triton.kernels.common.tuning_key import MAX_S_Q_BUCKET
+from mla_triton.kernels.portable import decode_config as portable_config
+from mla_triton.kernels.sm90 import decode_config as sm90_config
 from mla_triton.problem import DecodeProblem, RowSteps
 
+IMPLEMENTATIONS: dict[tuple[str, str], ModuleType] = {
+    (module.OP, module.NAME): module for module in (sm90_config, portable_config)
+}
+"""What a row can be of, by what needs no compiler."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 DECODE_KEY: dict[str, type] = {
     "dtype": str,
@@ -56,7 +61,8 @@ def broken_rule(row: Row, device: Device) -> str | None:
     """The first rule that a row breaks, or None."""
     implementation = _implementation(row.point.op, row.point.impl)
     if implementation is None:
-        return f"op and impl must be decode portable, got {row.point.op} {row.point.impl}"
+        known = " or ".join(f"{op} {impl}" for op, impl in IMPLEMENTATIONS)
+        return f"op and impl must be {known}, got {row.point.op} {row.point.impl}"
     if (row.us is None) != (row.source == "modelled"):
         return f"us must be a number if tuned and null if modelled, got {row.us} and {row.source}"
     rule = _broken_key(dict(row.point.key))
@@ -81,7 +87,7 @@ def problem_of(row: Row, device: Device) -> DecodeProblem:
 
 
 def _implementation(op: str, impl: str) -> ModuleType | None:
-    return portable_decode if (op, impl) == ("decode", "portable") else None
+    return IMPLEMENTATIONS.get((op, impl))
 
 
 def _broken_key(key: Mapping[str, Scalar]) -> str | None:
@@ -146,6 +152,7 @@ def decode_problems(key: Items, batch: int, length: int) -> Iterator[DecodeProbl
                 fused=True,
                 ckv_stride_slot=latent + rope,
                 kpe_stride_slot=0,
+                page_slots=int(values["page_size"]),
                 row_steps=RowSteps(latent + rope, latent + rope if rope else 0, value_dim, 1),
                 max_kv_len=length,
             )

@@ -26,7 +26,7 @@ from mla_triton.ops.plan import (
     launcher,
     make_schedule,
     plan_key,
-    planned_parts,
+    planned_geometry,
 )
 from mla_triton.plan import Geometry
 from mla_triton.problem import DecodeProblem
@@ -74,7 +74,7 @@ def decode(
         max_kv_len: upper bound of `kv_lens`, checked against the table's width.
         allow_tf32: whether float32 products may be rounded to tf32.
         plan: a `Plan` of the same lengths, made by `mla_triton.plan`, to be shared by layers.
-        impl: "portable" or "reference"; refused with a reason where it cannot run, never replaced.
+        impl: "sm90", "portable" or "reference"; refused with a reason where it cannot run, never replaced.
         out, lse: buffers for the result, for CUDA graphs; `[..., heads, value_dim]` in q's dtype
             and `[..., heads]` float32.
 
@@ -166,12 +166,14 @@ def prepare(
     problem: DecodeProblem,
     device: Device,
     index: int | None,
-    parts: int | None,
+    like: Geometry | None,
     length: int,
 ) -> Prepared:
-    """`length` is the bucket of the problem's longest keys, which equal problems may differ in."""
-    config = configs.choose(implementation, problem, device).config
-    return prepare_with(config, implementation, problem, device, index, parts)
+    """`like` is a plan's geometry; `length` is the bucket of the problem's longest keys, which
+    equal problems may differ in."""
+    geometry = implementation.geometry(problem, device, like=like)
+    config = configs.choose(implementation, problem, device, geometry.row_tile).config
+    return prepare_with(config, implementation, problem, device, index, geometry)
 
 
 def prepare_with(
@@ -180,10 +182,9 @@ def prepare_with(
     problem: DecodeProblem,
     device: Device,
     index: int | None,
-    parts: int | None = None,
+    geometry: Geometry,
 ) -> Prepared:
     """The same with a config that is given rather than looked up."""
-    geometry = implementation.geometry(problem, device, parts)
     combine_config = combine.heuristic(problem, geometry, device)
     return Prepared(
         geometry,
@@ -264,9 +265,9 @@ def _decode(
         schedule, partial_out, partial_lse, out, lse,
     )  # fmt: skip
     options = (softmax_scale, causal, value_dim, max_kv_len, allow_tf32, planned, impl)
-    parts = None if planned is None else planned_parts(planned)
+    like = None if planned is None else planned_geometry(planned)
     length = configs.length_bucket(problem.max_kv_len)
-    ready = prepare(chosen.module, problem, device, q_nope.device.index, parts, length)
+    ready = prepare(chosen.module, problem, device, q_nope.device.index, like, length)
     make_own = None
     if planned is None:
         planned = [problem.max_kv_len, *ready.key]

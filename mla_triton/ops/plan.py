@@ -159,10 +159,10 @@ def plan_key(problem: DecodeProblem, geometry: Geometry | None) -> list[int]:
     return key
 
 
-def planned_parts(planned: list[int]) -> int | None:
-    """The parts of a plan, by its `Plan.key`; None where it was made for the reference."""
-    geometry = planned[1 + len(PROBLEM_KEY) :]
-    return geometry[0] if geometry else None
+def planned_geometry(planned: list[int]) -> Geometry | None:
+    """The geometry of a plan, by its `Plan.key`; None where it was made for the reference."""
+    numbers = planned[1 + len(PROBLEM_KEY) :]
+    return Geometry(**dict(zip(GEOMETRY_KEY, numbers, strict=True))) if numbers else None
 
 
 def check_plan(planned: list[int], needed: list[int], implementation: str) -> None:

@@ -74,6 +74,7 @@ def problem(
         fused=True,
         ckv_stride_slot=latent + rope,
         kpe_stride_slot=0,
+        page_slots=page_size,
         row_steps=RowSteps(latent + rope, latent + rope if rope else 0, value_dim, 1),
     )
 

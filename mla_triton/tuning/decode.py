@@ -107,7 +107,12 @@ class Trial:
     def calls(self, config: Any) -> list[Callable[[], None]]:
         """The decode with a config, once for each slice of the cache."""
         ready = operation.prepare_with(
-            config, self._implementation, self._problem, self._device, self._index
+            config,
+            self._implementation,
+            self._problem,
+            self._device,
+            self._index,
+            self._implementation.geometry(self._problem, self._device),
         )
 
         def call_on(cache: torch.Tensor) -> Callable[[], None]:

@@ -4,14 +4,19 @@ A `Variant` is everything machine code depends on. It compiles for any target wi
 same variant is what a call launches, so that what was checked or warmed up is what runs. Triton's
 own launch path (`kernel[grid](...)`) looks at every argument of every call to find the variant
 again; a `Launcher` keeps the compiled handle and hands the arguments to it.
+
+Arguments come in three kinds and in this order: pointers, given as tensors; maps, TMA descriptors,
+given as a `View` of a tensor; numbers.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,6 +34,36 @@ KNOWN_LAUNCHER = "3.6."
 alone."""
 ALIGNMENT = 16
 """What an aligned argument is a multiple of: bytes of a pointer, elements of a stride."""
+KEPT_MAPS = 4096
+"""TMA descriptors that a launcher keeps: two for each layer's cache."""
+Sizes = tuple[int, ...]
+
+
+class View(NamedTuple):
+    """A tensor as a kernel's TMA descriptor sees it, whatever its own shape is."""
+
+    tensor: torch.Tensor
+    shape: Sizes
+    strides: Sizes
+    """Elements from one index to the next; 1 in the last dimension."""
+
+
+@dataclass(frozen=True)
+class Described:
+    """Memory at an address, with the attributes that Triton asks a descriptor for."""
+
+    address: int
+    shape: Sizes
+    strides: Sizes
+    padding: str = "zero"
+    round_f32_to_tf32: bool = False
+
+    @property
+    def base(self) -> Described:
+        return self
+
+    def data_ptr(self) -> int:
+        return self.address
 
 
 def target_of(device: Device) -> GPUTarget:
@@ -140,23 +175,37 @@ class Launcher:
         self.device = device
         self.index = index
         self.pointers = sum(kind.startswith("*") for _, kind in variant.types)
+        self.maps = sum(kind.startswith("tensordesc") for _, kind in variant.types)
         self._filler = (None,) * len(variant.constants)
         self._compiled: Any = None
         self._run: Any = None
         self._head: tuple[Any, ...] = ()
+        self._describe: Callable[..., Sequence[Any]] | None = None
+        self._map = lru_cache(KEPT_MAPS)(self._make_map)
 
     def __call__(self, grid: Grid, arguments: Sequence[Any]) -> None:
         """Launches on the device's current stream.
 
         `arguments` are in the variant's order: pointers first, as tensors (None for one that the
-        variant does not read), then numbers.
+        variant does not read), then maps, as views, then numbers.
         """
         if self.index is None:
             self.variant.function[grid](*arguments, **dict(self.variant.constants))
             return
-        count = self.pointers
-        addresses = [None if tensor is None else tensor.data_ptr() for tensor in arguments[:count]]
-        launch_in_order([(self, grid, addresses, arguments[count:])])
+        tensors, rest = self.split(arguments)
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        launch_in_order([(self, grid, addresses, rest)])
+
+    def split(self, arguments: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+        """(tensors that the kernel is given an address of, everything else)."""
+        if not self.maps:
+            return arguments[: self.pointers], arguments[self.pointers :]
+        views = arguments[self.pointers : self.pointers + self.maps]
+        numbers = arguments[self.pointers + self.maps :]
+        return (
+            [*arguments[: self.pointers], *(view.tensor for view in views)],
+            [*((view.shape, view.strides) for view in views), *numbers],
+        )
 
     def launch(
         self,
@@ -166,9 +215,14 @@ class Launcher:
         addresses: Sequence[int | None],
         numbers: Sequence[Any],
     ) -> None:
-        """Launches on a stream of the current device, which is this launcher's."""
+        """Launches on a stream of the current device, which is this launcher's.
+
+        Addresses and numbers are those of what `split` gives.
+        """
         if self._run is None:
             self.load()
+        if self.maps:
+            addresses, numbers = self._with_maps(addresses, numbers)
         values = (*addresses, *numbers, *self._filler)
         if hooks is None:
             self._run(*grid, stream, *self._head, None, None, None, *values)
@@ -188,8 +242,29 @@ class Launcher:
             if not run.global_scratch_size and not run.profile_scratch_size:
                 # What it does in Python is to allocate scratch memory: not for these kernels.
                 self._run = run.launch
+                if self.maps:
+                    # And to make descriptors, anew at every launch.
+                    self._run = inspect.getclosurevars(run.launch).nonlocals["launcher"]
+                    self._describe = triton.backends.nvidia.driver.make_tensordesc_arg
                 flags = run.launch_cooperative_grid, run.launch_pdl, None, None
                 self._head = (compiled.function, *flags, compiled.packed_metadata)
+
+    def _with_maps(
+        self, addresses: Sequence[int | None], numbers: Sequence[Any]
+    ) -> tuple[Sequence[int | None], Sequence[Any]]:
+        """The pointers' addresses, and what stands for the maps before the numbers."""
+        described: list[Any] = []
+        for place in range(self.maps):
+            shape, strides = numbers[place]
+            described += self._map(place, addresses[self.pointers + place], shape, strides)
+        return addresses[: self.pointers], [*described, *numbers[self.maps :]]
+
+    def _make_map(self, place: int, address: int, shape: Sizes, strides: Sizes) -> Sequence[Any]:
+        """What the launch is given for a map: the same for the same memory."""
+        described = Described(address, shape, strides)
+        if self._describe is None:
+            return [described]
+        return self._describe(described, self._compiled.metadata.tensordesc_meta[place])
 
 
 def launch_in_order(
@@ -237,9 +312,9 @@ class Recording:
         """The launcher, whose launches are recorded as they are made."""
 
         def launch(grid: Grid, arguments: Sequence[Any]) -> None:
-            count = launcher.pointers
-            places = [self._places[id(tensor)] for tensor in arguments[:count]]
-            self._steps.append((launcher, grid, places, tuple(arguments[count:])))
+            tensors, rest = launcher.split(arguments)
+            places = [self._places[id(tensor)] for tensor in tensors]
+            self._steps.append((launcher, grid, places, tuple(rest)))
             launcher(grid, arguments)
 
         return launch

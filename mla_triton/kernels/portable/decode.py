@@ -44,6 +44,7 @@ from mla_triton.kernels.common.tiles import (
     online_softmax_update,
 )
 from mla_triton.kernels.portable.decode_config import (
+    KV_TILE,
     NAME,
     OP,
     Config,
@@ -76,6 +77,9 @@ __all__ = [
     "variant",
     "why_not",
 ]
+
+EDGE_KEYS = tl.constexpr(KV_TILE)
+"""Keys of a step outside whole blocks: pieces begin at multiples of it."""
 
 ARGUMENTS = (
     ("q_nope", "*T"),
@@ -262,7 +266,7 @@ def decode_kernel(
         gdc_launch_dependents()
     # A block that cannot leave its page needs one page id instead of one for each key.
     ONE_PAGE: tl.constexpr = PAGE_SIZE % BLOCK_N == 0
-    EDGE: tl.constexpr = BLOCK_N if BLOCK_N < KV_TILE else KV_TILE
+    EDGE: tl.constexpr = BLOCK_N if BLOCK_N < EDGE_KEYS else EDGE_KEYS
     EDGE_ONE_PAGE: tl.constexpr = PAGE_SIZE % EDGE == 0
     lane = tl.program_id(0)
     part = tl.program_id(1)

@@ -13,28 +13,26 @@ from dataclasses import dataclass, replace
 import torch
 
 from mla_triton.device import KIB, Device
-from mla_triton.plan import Geometry, cdiv
+from mla_triton.kernels.common.tuning_key import Items, tuning_key
+from mla_triton.plan import Geometry, cdiv, fitted
 from mla_triton.problem import DecodeProblem
 
 OP = "decode"
 NAME = "portable"
 KV_TILE = 32
 """Keys of a schedule tile. Any `block_n` works with it: what a piece has before and behind its
-whole blocks is taken in steps of a tile."""
+whole blocks is taken in steps of as many keys."""
+KV_TILES = (32, 64)
+"""Tiles of plans that were made for another implementation, and serve this one, too."""
+ROW_TILES = (16, 32, 64)
 OVERHEAD = 4
 """Cost of beginning a group (its queries, its first load, its result), in tiles."""
-MAX_RAGGED_LANES = 64
-ENOUGH_PARTS = 4
-"""With fewer parts than this in one wave of programs, several waves balance better than one."""
 MAX_BLOCK_N, MAX_STAGES = 256, 6
 WARPS = (1, 2, 4, 8)
 SCRATCH = KIB
 """Shared memory of reductions, page ids and changes of layout."""
 SM_RESERVED = KIB
 """Shared memory that the driver keeps of every program."""
-
-Items = tuple[tuple[str, str | int], ...]
-"""A key of tuned configs, sorted by name."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +134,14 @@ def row_tile(problem: DecodeProblem, device: Device) -> int:
     # AMD: 64 rows spill inside the key loop. 99 KiB cards: 64 rows of a 512-wide latent do not fit.
     if problem.rows <= 32 or device.backend == "hip":
         return 32
-    fits = any(is_valid(c, problem, device, 64)[0] for c, _ in candidates(problem, device, 64))
-    return 64 if fits else 32
+    return 64 if fits(64, problem, device) else 32
+
+
+def fits(rows: int, problem: DecodeProblem, device: Device) -> bool:
+    """Whether there is a config for a row tile."""
+    if rows not in ROW_TILES or (problem.dtype == torch.float32 and rows > 16):
+        return False
+    return any(is_valid(c, problem, device, rows)[0] for c, _ in candidates(problem, device, rows))
 
 
 def is_alone(problem: DecodeProblem) -> bool:
@@ -202,9 +206,14 @@ def candidates(problem: DecodeProblem, device: Device, rows: int) -> list[tuple[
     ]
 
 
-def choose(problem: DecodeProblem, device: Device) -> tuple[Config, str]:
-    """The first candidate that is valid, with its reason; ValueError if none is."""
-    rows = row_tile(problem, device)
+def choose(
+    problem: DecodeProblem, device: Device, rows: int | None = None
+) -> tuple[Config, str]:
+    """The first candidate that is valid, with its reason; ValueError if none is.
+
+    `rows` is the row tile, by default that of the problem.
+    """
+    rows = row_tile(problem, device) if rows is None else rows
     if problem.allow_tf32 and precision(problem, device) == "ieee":
         problem = replace(problem, allow_tf32=False)
     refused = []
@@ -216,9 +225,9 @@ def choose(problem: DecodeProblem, device: Device) -> tuple[Config, str]:
     raise ValueError(f"problem must fit a config on {device.label}, got {problem}: {refused}")
 
 
-def heuristic(problem: DecodeProblem, device: Device) -> Config:
+def heuristic(problem: DecodeProblem, device: Device, rows: int | None = None) -> Config:
     """The config without a tuned row: by capability, never timed."""
-    return choose(problem, device)[0]
+    return choose(problem, device, rows)[0]
 
 
 def programs_per_sm(problem: DecodeProblem, device: Device) -> int:
@@ -234,56 +243,37 @@ def programs_per_sm(problem: DecodeProblem, device: Device) -> int:
     return 2 if 2 * needed <= device.shared_memory + SM_RESERVED else 1
 
 
-def geometry(problem: DecodeProblem, device: Device, parts: int | None = None) -> Geometry:
-    """How the schedule cuts a problem on a card; `parts` overrides the number of parts."""
-    tile = row_tile(problem, device)
-    lanes = max(1, cdiv(problem.rows, tile))
-    if problem.ragged:
-        lanes = min(lanes, MAX_RAGGED_LANES)
-        max_groups = problem.queries * problem.heads // (lanes * tile) + problem.batch
-    else:
-        max_groups = problem.batch
-    if parts is None:
-        slots = device.sm_count * programs_per_sm(problem, device)
-        parts = slots // lanes
-        if parts < ENOUGH_PARTS:
-            parts = max(1, ENOUGH_PARTS * slots // lanes)
-    return Geometry(KV_TILE, tile, lanes, parts, OVERHEAD, max_groups)
+def geometry(
+    problem: DecodeProblem,
+    device: Device,
+    parts: int | None = None,
+    like: Geometry | None = None,
+) -> Geometry:
+    """How the schedule cuts a problem on a card; `parts` overrides the number of parts.
+
+    With `like`, a plan's geometry, the problem is cut as that was, if there is a config for it.
+    """
+    if like is not None and like.kv_tile in KV_TILES and fits(like.row_tile, problem, device):
+        return fitted(problem, like.kv_tile, like.row_tile, 0, like.overhead, like.parts)
+    parts = parts if like is None else like.parts
+    slots = device.sm_count * programs_per_sm(problem, device)
+    return fitted(problem, KV_TILE, row_tile(problem, device), slots, OVERHEAD, parts)
 
 
 # -- tuning
 
-MAX_S_Q_BUCKET = 4
-PAGE_BUCKETS = (64, 16, 1)
-
-
-def tuning_point(problem: DecodeProblem, device: Device) -> tuple[Items, int, int] | None:
+def tuning_point(
+    problem: DecodeProblem, device: Device, rows: int | None = None
+) -> tuple[Items, int, int] | None:
     """(key, batch, length) that a problem is looked up by; None where only the heuristic serves.
 
-    Heads and query tokens count as the next power of two, a page as the largest of `PAGE_BUCKETS`
-    that divides it: the same instructions, with other masks. float32, misaligned rows and Triton's
-    interpreter have one config each.
+    float32, misaligned rows and Triton's interpreter have one config each.
     """
     is_gpu = device.backend in ("cuda", "hip")
     if not is_gpu or problem.dtype == torch.float32 or not problem.aligned:
         return None
-    key: dict[str, str | int] = {
-        "dtype": str(problem.dtype).removeprefix("torch."),
-        "format": "16bit",
-        "latent": problem.latent,
-        "rope": problem.rope,
-        "value_dim": problem.value_dim,
-        "heads": bucket(problem.heads),
-        "s_q": min(bucket(problem.mean_s_q), MAX_S_Q_BUCKET),
-        "page_size": next(page for page in PAGE_BUCKETS if problem.page_size % page == 0),
-        "row_tile": row_tile(problem, device),
-    }
-    return tuple(sorted(key.items())), max(1, problem.batch), problem.max_kv_len
-
-
-def bucket(size: int) -> int:
-    """The smallest power of two that is not below `size`."""
-    return 1 << max(0, size - 1).bit_length()
+    rows = row_tile(problem, device) if rows is None else rows
+    return tuning_key(problem, rows), max(1, problem.batch), problem.max_kv_len
 
 
 def search_space(problem: DecodeProblem, device: Device) -> Iterator[Config]:

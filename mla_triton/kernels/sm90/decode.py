@@ -1,8 +1,7 @@
 """Split-KV absorbed attention over a paged latent cache, for Hopper, in Gluon.
 
 What: as `mla_triton.kernels.portable.decode`, over the same schedule, into the same partial
-results. Where: capability 9.0 exactly. **Not selected yet**: it compiles, and has not run on a
-card.
+results. Where: capability 9.0 exactly.
 
 Work: program (lane, part) walks the groups of its part, with a tile of 64 rows, in three
 partitions: two warpgroups, each of which keeps one half of the latent output in registers (64 x 256
@@ -16,32 +15,58 @@ launched, 240 for a warpgroup and 24 for the loader once they are apart.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mla_triton.device import Device
-from mla_triton.kernels.common.launch import TYPE_NAMES, Variant
+from mla_triton.kernels.common.launch import TYPE_NAMES, Launch, Variant, View
+from mla_triton.kernels.common.tensors import DecodeTensors, strides
+from mla_triton.kernels.common.tiles import LOG2_E
 from mla_triton.kernels.sm90 import asymmetric, pairs
+from mla_triton.kernels.sm90.decode_config import (
+    BLOCK,
+    NAME,
+    OP,
+    Config,
+    choose,
+    geometry,
+    heuristic,
+    is_valid,
+    row_tile,
+    search_space,
+    tuning_point,
+    why_not,
+)
 from mla_triton.kernels.sm90.gluon import GluonASTSource, gl, gluon
 from mla_triton.kernels.sm90.pieces import KEYS, ROWS, Call, barriers
+from mla_triton.plan import Geometry
 from mla_triton.problem import DecodeProblem
 
-OP = "decode"
-NAME = "sm90"
+__all__ = [
+    "NAME",
+    "OP",
+    "Config",
+    "choose",
+    "compile",
+    "geometry",
+    "heuristic",
+    "is_valid",
+    "launch",
+    "row_tile",
+    "search_space",
+    "tuning_point",
+    "variant",
+    "why_not",
+]
+
 REGISTERS_AT_LAUNCH = 168
 REGISTERS = gl.constexpr(240)
 """Of a thread of a warpgroup, once the loader has given its own away."""
 LOADER_REGISTERS = gl.constexpr(24)
 TILE = gl.NVMMASharedLayout(128, 16, 2)
 """How a tile of 16-bit numbers lies in shared memory for TMA and wgmma: in 128-byte swizzles."""
-WIDTHS = ((512, 64), (256, 64))
-"""(value, key columns behind it) that the kernel is written for."""
-PAGES = (16, 32)
-"""Page sizes below a block that a block can be put together from."""
-
 ARGUMENTS = (
     ("q_nope", "*T"),
     ("q_rope", "*T"),
@@ -89,37 +114,6 @@ ALIGNED = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class Config:
-    """Which of the two forms."""
-
-    in_pairs: bool
-
-
-def why_not(problem: DecodeProblem, device: Device) -> str | None:
-    """The reason this implementation cannot take a problem, or None."""
-    if device.capability != (9, 0):
-        return f"it is written for capability 9.0, this card has {device.label}"
-    if problem.dtype not in (torch.float16, torch.bfloat16) or not problem.aligned:
-        return "it reads aligned float16 or bfloat16"
-    if (problem.value_dim, problem.key_tail) not in WIDTHS:
-        widths = " or ".join(f"{value}+{tail}" for value, tail in WIDTHS)
-        return f"it is written for {widths}, got {problem.value_dim}+{problem.key_tail}"
-    if problem.page_size % KEYS.value and problem.page_size not in PAGES:
-        return f"a TMA box is 16, 32 or 64 keys of one page, got pages of {problem.page_size}"
-    return None
-
-
-def is_valid(config: Config, problem: DecodeProblem, device: Device) -> tuple[bool, str]:
-    """Whether a config can be compiled and launched, with the rule that decides it."""
-    reason = why_not(problem, device)
-    if reason is not None:
-        return False, reason
-    if config.in_pairs and problem.page_size < KEYS.value // 2:
-        return False, f"pairs are loaded from at most two pages a block, got {problem.page_size}"
-    return True, "one program an SM"
-
-
 _asymmetric, _pairs = asymmetric.Shared, pairs.Shared
 _load_blocks, _scores, _rest = (
     asymmetric.load_keys,
@@ -139,7 +133,7 @@ def decode_kernel(
     table_size, page_rows, rope_column, batch, s_q, queries, heads, max_kv_len, planned_kv_len,
     num_pages, parts, scale_log2,
     HALF: gl.constexpr, TAIL: gl.constexpr, PAGE_SIZE: gl.constexpr, CSR: gl.constexpr,
-    RAGGED: gl.constexpr, CAUSAL: gl.constexpr, IN_PAIRS: gl.constexpr,
+    RAGGED: gl.constexpr, CAUSAL: gl.constexpr, BLOCKS: gl.constexpr,
 ):  # fmt: skip
     gdc_wait()
     gdc_launch_dependents()
@@ -155,7 +149,7 @@ def decode_kernel(
     left = gl.allocate_shared_memory(dtype, [2, KEYS, HALF], LAYOUT)
     right = gl.allocate_shared_memory(dtype, [2, KEYS, HALF], LAYOUT)
     rope = gl.allocate_shared_memory(dtype, [2, KEYS, TAIL], LAYOUT)
-    if IN_PAIRS:
+    if BLOCKS == 2:
         shared = _pairs(
             query_left, query_right, gl.allocate_shared_memory(dtype, [1, ROWS, TAIL], LAYOUT),
             left, right, rope, gl.allocate_shared_memory(gl.float32, [4, ROWS], VECTOR),
@@ -212,9 +206,9 @@ def decode_kernel(
         )  # fmt: skip
 
 
-def variant(problem: DecodeProblem, config: Config) -> Variant:
+def variant(problem: DecodeProblem, config: Config, geometry: Geometry, device: Device) -> Variant:
     """The kernel for a problem: everything but sizes that change from step to step is constant."""
-    box = min(KEYS.value, problem.page_size)
+    box = min(BLOCK, problem.page_size)
     half = problem.value_dim // 2
     kinds = {
         "*T": f"*{TYPE_NAMES[problem.dtype]}",
@@ -231,7 +225,7 @@ def variant(problem: DecodeProblem, config: Config) -> Variant:
             ("CSR", problem.csr),
             ("RAGGED", problem.ragged),
             ("CAUSAL", problem.causal),
-            ("IN_PAIRS", config.in_pairs),
+            ("BLOCKS", config.blocks),
         ),
         ALIGNED,
         programmatic=True,
@@ -245,6 +239,58 @@ def map_type(dtype: torch.dtype, rows: int, columns: int) -> str:
     return f"tensordesc<{TYPE_NAMES[dtype]}[{rows}, {columns}],{TILE!r}>"
 
 
-def compile(problem: DecodeProblem, config: Config, device: Device) -> Any:
+def maps(problem: DecodeProblem, tensors: DecodeTensors) -> list[View]:
+    """Latents and rotary keys, each as one row of slots, whatever page they are in."""
+    last_page = tensors.ckv.shape[0] - 1
+    rows = last_page * problem.page_slots + problem.page_size
+    latents = View(tensors.ckv, (rows, problem.value_dim), (problem.ckv_stride_slot, 1))
+    if tensors.kpe is None:
+        return [latents, View(tensors.ckv, (rows, problem.key_dim), latents.strides)]
+    return [latents, View(tensors.kpe, (rows, problem.rope), (problem.kpe_stride_slot, 1))]
+
+
+def arguments(problem: DecodeProblem, geometry: Geometry, tensors: DecodeTensors) -> list[Any]:
+    """The run-time arguments, in the order of `ARGUMENTS`."""
+    t = tensors
+    return [
+        t.q_nope,
+        t.q_rope,
+        t.pages,
+        t.indptr,
+        t.kv_lens,
+        t.cu_seqlens_q,
+        t.schedule,
+        t.partial_out,
+        t.partial_lse,
+        t.out,
+        t.lse,
+        *maps(problem, t),
+        *strides(t.q_nope, problem.ragged),
+        *strides(t.q_rope, problem.ragged),
+        *strides(t.out, problem.ragged),
+        *strides(t.lse, problem.ragged),
+        t.pages.shape[0] if problem.csr else t.pages.stride(0),
+        problem.page_slots,
+        problem.value_dim if problem.fused else 0,
+        problem.batch,
+        problem.s_q or 0,
+        problem.queries,
+        problem.heads,
+        min(problem.max_kv_len, t.planned_kv_len),
+        t.planned_kv_len,
+        problem.num_pages,
+        geometry.parts,
+        t.softmax_scale * LOG2_E,
+    ]
+
+
+def compile(problem: DecodeProblem, config: Config, geometry: Geometry, device: Device) -> Any:
     """Machine code for `device`; launches nothing and needs no GPU."""
-    return variant(problem, config).compile(device)
+    return variant(problem, config, geometry, device).compile(device)
+
+
+def launch(
+    launcher: Launch, problem: DecodeProblem, geometry: Geometry, tensors: DecodeTensors
+) -> None:
+    """Writes `out` and `lse`, or partial results where the schedule cuts a group."""
+    launcher((geometry.lanes, geometry.parts, 1), arguments(problem, geometry, tensors))

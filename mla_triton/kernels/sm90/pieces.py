@@ -3,6 +3,7 @@
 # No `from __future__ import annotations`: an aggregate reads the types of its fields.
 
 from mla_triton.kernels.common.schedule import CUT, GROUP, HEADER
+from mla_triton.kernels.sm90.decode_config import BLOCK, ROW_TILE
 from mla_triton.kernels.sm90.gluon import (
     aggregate,
     copy_async,
@@ -14,10 +15,8 @@ from mla_triton.kernels.sm90.gluon import (
     sync_threads,
 )
 
-ROWS = gl.constexpr(64)
-"""Rows of a tile: what one warpgroup multiplies at once."""
-KEYS = gl.constexpr(64)
-"""Keys of a block."""
+ROWS = gl.constexpr(ROW_TILE)
+KEYS = gl.constexpr(BLOCK)
 LOWEST = gl.constexpr(-3.4028234663852886e38)
 LN_2 = gl.constexpr(0.6931471805599453)
 

@@ -1,0 +1,118 @@
+"""How the Hopper decode kernel is configured: validity with reasons, geometry, and the heuristic.
+
+Nothing here imports Triton, so that it can be asked where Gluon cannot be imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from mla_triton.device import Device
+from mla_triton.kernels.common.tuning_key import Items, tuning_key
+from mla_triton.plan import Geometry, fitted
+from mla_triton.problem import DecodeProblem
+
+OP = "decode"
+NAME = "sm90"
+ROW_TILE = 64
+"""What one warpgroup multiplies at once."""
+BLOCK = 64
+"""Keys of a block, and of a schedule tile."""
+OVERHEAD = 3
+"""Cost of beginning a group (its queries, its first load, its result), in blocks."""
+WIDTHS = ((512, 64), (256, 64))
+"""(value, key columns behind it) that the kernel is written for."""
+PAGES = (16, 32)
+"""Page sizes below a block that a block can be put together from."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which of the two forms."""
+
+    blocks: int
+    """Key blocks that the two warpgroups have in hand: 1, whose softmax one of them does for both,
+    or 2, one each."""
+
+
+def why_not(problem: DecodeProblem, device: Device) -> str | None:
+    """The reason this implementation cannot take a problem, or None."""
+    if device.capability != (9, 0):
+        return f"it is written for capability 9.0, this card has {device.label}"
+    if problem.dtype not in (torch.float16, torch.bfloat16) or not problem.aligned:
+        return "it reads aligned float16 or bfloat16"
+    if (problem.value_dim, problem.key_tail) not in WIDTHS:
+        widths = " or ".join(f"{value}+{tail}" for value, tail in WIDTHS)
+        return f"it is written for {widths}, got {problem.value_dim}+{problem.key_tail}"
+    if problem.page_size % BLOCK and problem.page_size not in PAGES:
+        return f"a TMA box is 16, 32 or 64 keys of one page, got pages of {problem.page_size}"
+    if not problem.page_slots:
+        return "its TMA descriptors need all pages of the cache to be one evenly spaced row of slots"
+    return None
+
+
+def is_valid(
+    config: Config, problem: DecodeProblem, device: Device, rows: int | None = None
+) -> tuple[bool, str]:
+    """Whether a config can be compiled and launched, with the rule that decides it."""
+    reason = why_not(problem, device)
+    if reason is not None:
+        return False, reason
+    if rows not in (None, ROW_TILE):
+        return False, f"its tile has {ROW_TILE} rows, got {rows}"
+    if config.blocks not in (1, 2):
+        return False, f"blocks must be 1 or 2, got {config.blocks}"
+    if config.blocks == 2 and problem.page_size < BLOCK // 2:
+        return False, f"two blocks come from at most four pages, got pages of {problem.page_size}"
+    return True, "one program an SM"
+
+
+def choose(
+    problem: DecodeProblem, device: Device, rows: int | None = None
+) -> tuple[Config, str]:
+    """The heuristic's config and its reason; ValueError where the problem cannot be taken."""
+    two = Config(2)
+    if problem.rows > ROW_TILE and is_valid(two, problem, device, rows)[0]:
+        return two, "many rows: the matrix units are kept busy by two blocks at a time"
+    one = Config(1)
+    valid, rule = is_valid(one, problem, device, rows)
+    if not valid:
+        raise ValueError(f"problem must be one that {NAME} takes, got {problem}: {rule}")
+    return one, "few rows: memory is waited for, and one block at a time has the shorter ends"
+
+
+def heuristic(problem: DecodeProblem, device: Device, rows: int | None = None) -> Config:
+    """The config without a tuned row."""
+    return choose(problem, device, rows)[0]
+
+
+def row_tile(problem: DecodeProblem, device: Device) -> int:
+    """Rows of a program."""
+    return ROW_TILE
+
+
+def geometry(
+    problem: DecodeProblem,
+    device: Device,
+    parts: int | None = None,
+    like: Geometry | None = None,
+) -> Geometry:
+    """How the schedule cuts a problem; with `parts` of them, or as many as `like` has."""
+    parts = parts if like is None else like.parts
+    return fitted(problem, BLOCK, ROW_TILE, device.sm_count, OVERHEAD, parts)
+
+
+def tuning_point(
+    problem: DecodeProblem, device: Device, rows: int | None = None
+) -> tuple[Items, int, int] | None:
+    """(key, batch, length) that a problem is looked up by."""
+    return tuning_key(problem, ROW_TILE), max(1, problem.batch), problem.max_kv_len
+
+
+def search_space(problem: DecodeProblem, device: Device) -> Iterator[Config]:
+    """Every config worth timing."""
+    yield Config(1)
+    yield Config(2)
