@@ -78,9 +78,6 @@ __all__ = [
     "why_not",
 ]
 
-EDGE_KEYS = tl.constexpr(KV_TILE)
-"""Keys of a step outside whole blocks: pieces begin at multiples of it."""
-
 ARGUMENTS = (
     ("q_nope", "*T"),
     ("q_rope", "*T"),
@@ -257,7 +254,7 @@ def decode_kernel(
     OUT_STEP: tl.constexpr, LSE_STEP: tl.constexpr,
     PAGE_SIZE: tl.constexpr, CSR: tl.constexpr, RAGGED: tl.constexpr, CAUSAL: tl.constexpr,
     FULL_TILES: tl.constexpr, KV_TILE: tl.constexpr, ROW_TILE: tl.constexpr,
-    BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, EDGE: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr, PROGRAMMATIC: tl.constexpr,
 ):  # fmt: skip
     # What the kernel before this one writes is there now, and the merge may take its place.
@@ -266,7 +263,6 @@ def decode_kernel(
         gdc_launch_dependents()
     # A block that cannot leave its page needs one page id instead of one for each key.
     ONE_PAGE: tl.constexpr = PAGE_SIZE % BLOCK_N == 0
-    EDGE: tl.constexpr = BLOCK_N if BLOCK_N < EDGE_KEYS else EDGE_KEYS
     EDGE_ONE_PAGE: tl.constexpr = PAGE_SIZE % EDGE == 0
     lane = tl.program_id(0)
     part = tl.program_id(1)
@@ -425,6 +421,8 @@ def variant(problem: DecodeProblem, config: Config, geometry: Geometry, device: 
             ("KV_TILE", geometry.kv_tile),
             ("ROW_TILE", geometry.row_tile),
             ("BLOCK_N", config.block_n),
+            # Steps outside whole blocks. Pieces of any plan begin at multiples of it.
+            ("EDGE", min(config.block_n, KV_TILE)),
             ("STAGES", config.num_stages),
             ("PRECISION", precision(problem, device)),
             ("EMULATE_BF16", emulates_bf16(problem.dtype, device)),
