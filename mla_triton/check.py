@@ -181,7 +181,7 @@ def _judged(
     if not report.ok or bandwidth is None:
         return row
     moved = _bytes(inputs, state.out)
-    us = _microseconds(inputs, moved)
+    us = _microseconds(inputs, implementation, moved)
     percent = 100 * moved / (us * 1e-6) / bandwidth
     return replace(row, us=us, gbps=moved / us / 1e3, bandwidth_percent=percent)
 
@@ -224,8 +224,12 @@ def _bytes(inputs: DecodeInputs, out: torch.Tensor) -> int:
     return keys * key_bytes + sum(tensor.nbytes for tensor in (*query, out))
 
 
-def _microseconds(inputs: DecodeInputs, moved: int) -> float:
-    """Time of a call that finds its cache cold, with a plan made before and reused."""
+def _microseconds(inputs: DecodeInputs, implementation: str, moved: int) -> float:
+    """Time of a call that finds its cache cold, with a plan made before and reused.
+
+    Both by the implementation that was judged: a plan alone is made for a usual cache, and may be
+    cut for another.
+    """
     from mla_triton import timing
 
     arguments, options = inputs.call_arguments()
@@ -240,7 +244,9 @@ def _microseconds(inputs: DecodeInputs, moved: int) -> float:
         cu_seqlens_q=inputs.cu_seqlens_q,
         queries=q_nope.shape[0] if inputs.cu_seqlens_q is not None else None,
         value_dim=inputs.value_dim,
+        impl=implementation,
     )
+    options["impl"] = implementation
     copies = [cache.clone() for _ in range(timing.cold_copies(moved))]
 
     def call_on(copy: torch.Tensor) -> Any:

@@ -9,7 +9,7 @@ cache keyed on a problem is not missed because a table grew.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,8 @@ class RowSteps(NamedTuple):
 
 
 UNEVEN = RowSteps()
+USUAL_PAGE = 64
+"""Slots of a page of the cache that a plan, which knows none, is made for."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,22 @@ class DecodeProblem:
     slots, and the same one for latents and rotary keys; else 0."""
     max_kv_len: int = field(default=2**31 - 1, compare=False)
     num_pages: int = field(default=2**31 - 1, compare=False)
+
+    def as_planned(self) -> DecodeProblem:
+        """The problem as far as a plan knows it: before there is a cache, it serves any."""
+        return replace(
+            self,
+            page_size=USUAL_PAGE,
+            csr=False,
+            causal=False,
+            fused=True,
+            ckv_stride_slot=self.key_dim,
+            kpe_stride_slot=0,
+            aligned=True,
+            allow_tf32=False,
+            row_steps=UNEVEN,
+            page_slots=USUAL_PAGE,
+        )
 
     @property
     def key_dim(self) -> int:

@@ -1,7 +1,9 @@
 """Which implementation computes a problem, and why none of the others does.
 
-The first candidate without a reason against it is taken. An implementation asked for by name is
-taken or refused with its reason, never replaced.
+The first candidate without a reason against it is taken. There are two kinds of reasons: that an
+implementation cannot run a problem, and that it can but the next one is to be preferred. Only the
+first kind is one against an implementation that is asked for by name, which is taken or refused,
+never replaced.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from mla_triton.device import Device
 from mla_triton.kernels import sm90
 from mla_triton.kernels.portable import decode as portable_decode
 from mla_triton.kernels.sm90 import decode_config as sm90_config
+from mla_triton.plan import Geometry
 from mla_triton.problem import DecodeProblem
 
 DECODE = ("sm90", "portable", "reference")
@@ -26,7 +29,7 @@ class Selection(NamedTuple):
     module: ModuleType
     """`mla_triton.kernels.<name>.decode`, or `mla_triton.reference`."""
     reasons: tuple[tuple[str, str | None], ...]
-    """(implementation, why it cannot take the problem or None), best first."""
+    """(implementation, why it does not take the problem or None), best first."""
 
 
 def why_not_reference(device: Device) -> str | None:
@@ -36,9 +39,20 @@ def why_not_reference(device: Device) -> str | None:
     return None
 
 
-def why_not_sm90(problem: DecodeProblem, device: Device) -> str | None:
-    """What the problem or the card has against it, and then what this Triton has."""
+def why_not_sm90(
+    problem: DecodeProblem, device: Device, impl: str | None, like: Geometry | None
+) -> str | None:
+    """What problem or card have against it, then what speaks for portable, then what this Triton
+    lacks: Gluon, which takes a while to import, is not where something else would run anyway.
+
+    A plan has decided which of the two cuts better: the one that it was cut for runs.
+    """
     reason = sm90_config.why_not(problem, device)
+    if reason is None and impl is None:
+        if like is None:
+            reason = sm90_config.why_slower(problem, device)
+        else:
+            reason = sm90_config.why_not_cut(like)
     return reason or sm90.load_decode()[1] or None
 
 
@@ -54,14 +68,21 @@ def module_of(name: str) -> ModuleType:
     return portable_decode if name == "portable" else reference
 
 
-def choose_decode(problem: DecodeProblem, device: Device, impl: str | None = None) -> Selection:
-    """Chooses for a problem on a device.
+def choose_decode(
+    problem: DecodeProblem,
+    device: Device,
+    impl: str | None = None,
+    like: Geometry | None = None,
+) -> Selection:
+    """Chooses for a problem on a device; `like` is the geometry of a plan that is to be followed.
+
+    A plan that none of the kernels can follow is refused by what is chosen, not here.
 
     Raises ValueError for an `impl` that does not exist, NotImplementedError with every reason where
     nothing can take the problem, or where `impl` cannot.
     """
     reasons = (
-        ("sm90", why_not_sm90(problem, device)),
+        ("sm90", why_not_sm90(problem, device, impl, like)),
         ("portable", portable_decode.why_not(problem, device)),
         ("reference", why_not_reference(device)),
     )

@@ -16,14 +16,12 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from mla_triton.cache import CSRPageTable, LatentCache
-from mla_triton.problem import DecodeProblem, RowSteps
+from mla_triton.problem import USUAL_PAGE, DecodeProblem, RowSteps
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INT32_MAX = 2**31 - 1
 MAX_SCALE = torch.finfo(torch.float32).max / math.log2(math.e)
 """The kernels take exponentials to base 2, so the factor of logits is multiplied by log2(e)."""
-USUAL_PAGE = 64
-"""Slots of a page of the cache that a plan, which knows none, is made for."""
 MAX_PARTS = 65535
 """Parts are the second dimension of a launch, which CUDA bounds there."""
 ALIGNMENT = 16

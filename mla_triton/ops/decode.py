@@ -74,7 +74,8 @@ def decode(
         max_kv_len: upper bound of `kv_lens`, checked against the table's width.
         allow_tf32: whether float32 products may be rounded to tf32.
         plan: a `Plan` of the same lengths, made by `mla_triton.plan`, to be shared by layers.
-        impl: "sm90", "portable" or "reference"; refused with a reason where it cannot run, never replaced.
+        impl: "sm90" (capability 9.0 alone), "portable" or "reference"; refused with a reason where
+            it cannot run, never replaced. Without it the best one that can run and follow the plan.
         out, lse: buffers for the result, for CUDA graphs; `[..., heads, value_dim]` in q's dtype
             and `[..., heads]` float32.
 
@@ -244,7 +245,8 @@ def _decode(
             q_nope, q_rope, ckv, kpe, pages, indptr, kv_lens, cu_seqlens_q, out, lse, max_kv_len
         )
     device = devices.of(q_nope.device)
-    chosen = select.decode(problem, device, impl)
+    like = None if planned is None else planned_geometry(planned)
+    chosen = select.decode(problem, device, impl, like)
     if problem.queries == 0:
         return
     if chosen.name == "reference":
@@ -265,7 +267,6 @@ def _decode(
         schedule, partial_out, partial_lse, out, lse,
     )  # fmt: skip
     options = (softmax_scale, causal, value_dim, max_kv_len, allow_tf32, planned, impl)
-    like = None if planned is None else planned_geometry(planned)
     length = configs.length_bucket(problem.max_kv_len)
     ready = prepare(chosen.module, problem, device, q_nope.device.index, like, length)
     make_own = None

@@ -89,7 +89,8 @@ def plan(
         cu_seqlens_q: int32 `[batch + 1]` for ragged queries, with `queries`, their total number.
         max_kv_len: upper bound of `kv_lens`; longer ones are cut there.
         parts: parts to cut the batch into; by default what fills the GPU.
-        impl: as in `decode`.
+        impl: whose way of cutting, as in `decode`; by default that of the implementation which a
+            cache with pages of 64 tokens would get. A `decode` without `impl` follows either.
 
     Raises:
         TypeError, ValueError: an argument breaks a rule; the message names argument, rule and

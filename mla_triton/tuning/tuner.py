@@ -448,6 +448,6 @@ def describe_point(point: Point) -> str:
     key = dict(point.key)
     widths = f"{key['latent']}+{key['rope']}"
     return (
-        f"{point.op} {widths} {key['dtype']} heads {key['heads']} s_q {key['s_q']} "
+        f"{point.op} {point.impl} {widths} {key['dtype']} heads {key['heads']} s_q {key['s_q']} "
         f"page {key['page_size']} rows {key['row_tile']} batch {point.batch} length {point.length}"
     )

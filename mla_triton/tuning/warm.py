@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,14 +23,16 @@ from mla_triton import device as devices
 from mla_triton.device import Device
 from mla_triton.kernels.common import combine, schedule
 from mla_triton.kernels.common.launch import Launcher, Variant
+from mla_triton.ops.plan import cut
+from mla_triton.plan import Geometry
 from mla_triton.problem import DecodeProblem
 from mla_triton.tuning import workers
 from mla_triton.tuning.deployment import Deployment, describe, resized
 from mla_triton.tuning.workers import Compiled, Job
 
 SIZES = (
-    "VALUE", "TAIL", "PAGE_SIZE", "ROW_TILE", "BLOCK_N", "BLOCK_B", "NOPE_STEP", "ROPE_STEP",
-    "OUT_STEP",
+    "VALUE", "HALF", "TAIL", "PAGE_SIZE", "KV_TILE", "ROW_TILE", "BLOCK_N", "BLOCKS", "BLOCK_B",
+    "NOPE_STEP", "ROPE_STEP", "OUT_STEP",
 )  # fmt: skip
 SWITCHES = ("FUSED", "CSR", "RAGGED", "CAUSAL", "FULL_TILES")
 """Constants that kernels of one deployment differ in."""
@@ -185,23 +188,31 @@ def _variants(
 ) -> Iterator[Variant]:
     seen = set()
     for batch in batches:
-        yield schedule.variant(batch, form.ragged, _kv_tile(form, device), device)
-        for length in lengths:
-            problem = resized(form, batch, length)
-            implementation = select.choose_decode(problem, device).module
-            config = configs.choose(implementation, problem, device).config
-            choice = (implementation, config, implementation.row_tile(problem, device))
-            if choice not in seen:
-                seen.add(choice)
-                geometry = implementation.geometry(problem, device)
-                yield implementation.variant(problem, config, geometry, device)
-                yield combine.variant(problem, device)
+        for implementation, geometry in _ways(resized(form, batch, lengths[-1]), device):
+            yield schedule.variant(batch, form.ragged, geometry.kv_tile, device)
+            for length in lengths:
+                problem = resized(form, batch, length)
+                row_tile = geometry.row_tile
+                config = configs.choose(implementation, problem, device, row_tile).config
+                choice = (implementation, config, geometry.kv_tile, row_tile)
+                if choice not in seen:
+                    seen.add(choice)
+                    yield implementation.variant(problem, config, geometry, device)
+                    yield combine.variant(problem, device)
 
 
-def _kv_tile(form: DecodeProblem, device: Device) -> int:
-    implementation = select.choose_decode(form, device).module
-    tile: int = implementation.geometry(form, device).kv_tile
-    return tile
+def _ways(problem: DecodeProblem, device: Device) -> Iterator[tuple[ModuleType, Geometry]]:
+    """(implementation, geometry) of a call that makes its own schedule, and of one with a plan.
+
+    They differ where the cache is one that the plan's implementation does not take.
+    """
+    own = select.choose_decode(problem, device).module
+    geometry = own.geometry(problem, device)
+    yield own, geometry
+    like = cut(problem.as_planned(), device, None, None)
+    if like is not None and like != geometry:
+        follower = select.choose_decode(problem, device, None, like).module
+        yield follower, follower.geometry(problem, device, like=like)
 
 
 def name_of(variant: Variant) -> str:

@@ -116,17 +116,12 @@ def is_valid(
     return True, f"takes {needed} of {device.shared_memory} bytes of shared memory"
 
 
-def planned(problem: DecodeProblem) -> DecodeProblem:
-    """The problem as far as a plan knows it: made without the cache's layout, it serves any."""
-    return replace(problem, page_size=64, aligned=True, allow_tf32=False)
-
-
 def row_tile(problem: DecodeProblem, device: Device) -> int:
     """Rows of a program: as many as registers and shared memory hold, so that keys are read once.
 
     float32 multiplies without tensor cores below tf32, and 16 rows fill the registers.
     """
-    problem = planned(problem)
+    problem = problem.as_planned()
     if problem.dtype == torch.float32 or device.backend == "interpreter":
         return 16
     if problem.rows <= 16 or is_alone(problem):
@@ -232,7 +227,7 @@ def heuristic(problem: DecodeProblem, device: Device, rows: int | None = None) -
 
 def programs_per_sm(problem: DecodeProblem, device: Device) -> int:
     """Programs that are resident on an SM together, as far as the schedule counts on it."""
-    problem = planned(problem)
+    problem = problem.as_planned()
     config = heuristic(problem, device)
     # A request of one row tile has so little work, alone, that a second program only lengthens the
     # merge. More than four warps with all their registers leave no room for a second program.

@@ -23,6 +23,7 @@ BLOCK = 64
 """Keys of a block, and of a schedule tile."""
 OVERHEAD = 3
 """Cost of beginning a group (its queries, its first load, its result), in blocks."""
+FEW_ROWS = 16
 WIDTHS = ((512, 64), (256, 64))
 """(value, key columns behind it) that the kernel is written for."""
 PAGES = (16, 32)
@@ -51,6 +52,28 @@ def why_not(problem: DecodeProblem, device: Device) -> str | None:
         return f"a TMA box is 16, 32 or 64 keys of one page, got pages of {problem.page_size}"
     if not problem.page_slots:
         return "its TMA descriptors need all pages of the cache to be one evenly spaced row of slots"
+    return None
+
+
+def why_slower(problem: DecodeProblem, device: Device) -> str | None:
+    """The reason to prefer the next implementation for a problem that this one can take, or None.
+
+    Looks at nothing that a plan does not know (page size, strides, lengths), so that a plan is cut
+    as the calls that make their own schedule are.
+    """
+    if problem.rows <= FEW_ROWS:
+        return (
+            f"portable is faster for up to {FEW_ROWS} rows: "
+            "it is bound by memory alone, and its programs are shorter"
+        )
+    return None
+
+
+def why_not_cut(like: Geometry) -> str | None:
+    """The reason this implementation cannot follow a plan of that geometry, or None."""
+    if (like.kv_tile, like.row_tile) != (BLOCK, ROW_TILE):
+        tiles = f"{like.kv_tile} keys x {like.row_tile} rows"
+        return f"its tiles are {BLOCK} keys x {ROW_TILE} rows, those of the plan {tiles}"
     return None
 
 
@@ -100,7 +123,9 @@ def geometry(
     parts: int | None = None,
     like: Geometry | None = None,
 ) -> Geometry:
-    """How the schedule cuts a problem; with `parts` of them, or as many as `like` has."""
+    """How the schedule cuts a problem; with `parts` of them, or as many as the plan `like` has."""
+    if like is not None and why_not_cut(like) is None:
+        return fitted(problem, BLOCK, ROW_TILE, 0, like.overhead, like.parts)
     parts = parts if like is None else like.parts
     return fitted(problem, BLOCK, ROW_TILE, device.sm_count, OVERHEAD, parts)
 
