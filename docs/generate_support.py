@@ -60,6 +60,10 @@ Made by `python docs/generate_support.py` with Triton {triton}, whose assembler 
 *in the loop* counts the stack accesses among the instructions of a key loop, which every step pays
 for: of the loops over whole blocks and over the keys around them, the one with the larger share.
 """
+HOPPER = """\
+The kernel for Hopper, `sm90`, in both of its forms. It is compiled to 168 registers a thread, which
+its warps share out anew when they begin.
+"""
 
 
 def family(rows: Iterable[Compiled]) -> str:
@@ -72,8 +76,8 @@ def summary(compiled: Sequence[Compiled]) -> str:
     for label in LABELS:
         device = devices.from_label(label)
         every = [row for row in compiled if row.case.label == label]
-        rows = [row for row in every if row.case.kernel == "decode"]
-        others = [row for row in every if row.case.kernel != "decode"]
+        rows = [row for row in every if row.case.is_decode]
+        others = [row for row in every if not row.case.is_decode]
         lines.append(
             f"| {label} | {device.name} and its kind | {device.shared_memory // 1024} KiB "
             f"| {family(rows)} | {len(rows)} of decode, {len(others)} of combine and schedule |"
@@ -133,10 +137,12 @@ def page(compiled: Sequence[Compiled]) -> str:
     parts = [INTRODUCTION + summary(compiled), FOREIGN, TABLES.format(triton=triton.__version__)]
     for label in LABELS:
         rows = [row for row in compiled if row.case.label == label]
-        small = [row for row in rows if row.case.kernel != "decode"]
+        small = [row for row in rows if not row.case.is_decode]
+        hopper = [row for row in rows if row.case.kernel == "sm90"]
         parts.append(
             f"### {label}\n\n"
-            + decode_table([row for row in rows if row.case.kernel == "decode"])
+            + decode_table([row for row in rows if row.case.kernel == "portable"])
+            + (f"\n{HOPPER}\n{decode_table(hopper)}" if hopper else "")
             + "\nCombine and schedule: at most "
             f"{max(r.resources.shared_memory for r in small)} bytes of shared memory and "
             f"{max(r.resources.spilled for r in small)} bytes of spills.\n"

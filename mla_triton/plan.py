@@ -23,10 +23,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from mla_triton.problem import DecodeProblem
+from typing import Protocol
 
 TOLERANCE_PERCENT = 115
 """How far above the mean a piece or a whole request may be before the even cut is given up."""
@@ -67,8 +64,29 @@ class Geometry:
         return 2 * self.parts * self.group_rows if self.parts > 1 else 0
 
 
+class Batch(Protocol):
+    """What a geometry depends on of a problem (`mla_triton.problem.DecodeProblem`)."""
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def queries(self) -> int:
+        """Query tokens of the whole batch."""
+
+    @property
+    def heads(self) -> int: ...
+
+    @property
+    def rows(self) -> int:
+        """(query token, head) pairs of an average request."""
+
+    @property
+    def ragged(self) -> bool: ...
+
+
 def fitted(
-    problem: DecodeProblem,
+    problem: Batch,
     kv_tile: int,
     row_tile: int,
     slots: int,

@@ -344,7 +344,7 @@ DECODE_SHAPES = [
         for scale in (math.nan, math.inf, -math.inf, 1e+39)
     ),
     Rejection("impl unknown", decode(impl="cutlass"), ValueError,
-        "impl must be one of portable, reference, got 'cutlass'"),
+        "impl must be one of sm90, portable, reference, got 'cutlass'"),
 ]
 
 DECODE_RESULTS = [
@@ -464,7 +464,7 @@ PLAN = [
     Rejection("plan: impl of wrong type", plan(impl=0), TypeError,
         "impl must be a str or None, got int"),
     Rejection("plan: impl unknown", plan(impl="flash"), ValueError,
-        "impl must be one of portable, reference, got 'flash'"),
+        "impl must be one of sm90, portable, reference, got 'flash'"),
     Rejection("update: kv_lens is no tensor", update([1, 2]), TypeError,
         "kv_lens must be a torch.Tensor, got list"),
     Rejection("update: another batch", update(int32(1, 2, 3)), ValueError,
@@ -482,8 +482,8 @@ INTERPRETED = [
         planned(lambda: make_plan(impl="reference")), ValueError,
         "plan must be made for portable, which runs this call, got one for the reference"),
     Rejection("plan of another geometry",
-        planned(lambda: with_geometry(row_tile=32)), ValueError,
-        "plan must be cut as portable cuts this call, by row_tile 16, got row_tile 32"),
+        planned(lambda: with_geometry(kv_tile=128)), ValueError,
+        "plan must be cut as portable cuts this call, by kv_tile 32, got kv_tile 128"),
     Rejection("plan elsewhere",
         planned(lambda: replace(make_plan(), schedule=torch.empty(1, device="meta"))), ValueError,
         "plan must be on q_nope's device cpu, got meta"),
@@ -501,11 +501,14 @@ INTERPRETED = [
 ]
 
 ELSEWHERE = [
+    Rejection("no Hopper kernel for the card",
+        lambda: select.decode(make_plan().problem, TURING, "sm90"), NotImplementedError,
+        "impl 'sm90' cannot run this decode: it is written for capability 9.0, this card has 7.5"),
     Rejection("no implementation for the card",
         lambda: select.decode(make_plan().problem, TURING), NotImplementedError,
-        "no implementation of decode can run on 7.5: portable: it needs capability 8.0 or later, "
-        "this card has 7.5; reference: it synchronises and copies; on a GPU it runs only when "
-        "asked for (impl='reference')"),
+        "no implementation of decode can run on 7.5: sm90: it is written for capability 9.0, this "
+        "card has 7.5; portable: it needs capability 8.0 or later, this card has 7.5; reference: "
+        "it synchronises and copies; on a GPU it runs only when asked for (impl='reference')"),
 ]
 
 # Found with MLA_TRITON_DEBUG=1.

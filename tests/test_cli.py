@@ -66,7 +66,8 @@ def test_cache_directory(monkeypatch, tmp_path):
 def test_explain_every_card(capsys, label, heads, dtype):
     shape = ["--heads", heads, "--dtype", dtype]
     facts = answer(capsys, "explain", "--capability", label, *shape)
-    assert facts["implementation"] == "portable"
+    on_hopper = label == "9.0" and dtype == "bfloat16" and heads in ("40", "128")
+    assert facts["implementation"] == ("sm90" if on_hopper else "portable")
     assert facts["device"]["label"] == label
     assert facts["device"]["present"] is False
     assert facts["problem"]["heads"] == int(heads)
@@ -74,6 +75,7 @@ def test_explain_every_card(capsys, label, heads, dtype):
     assert facts["schedule"]["groups"] == 16
     assert 1 <= facts["schedule"]["parts_used"] <= facts["geometry"]["parts"]
     assert {c["name"]: c["why_not"] is None for c in facts["candidates"]} == {
+        "sm90": on_hopper,
         "portable": True,
         "reference": False,
     }
@@ -83,6 +85,8 @@ def test_explain_every_card(capsys, label, heads, dtype):
     assert facts["config"]["text"] in out
     assert facts["config"]["reason"] in out
     assert "not       reference: " in out
+    assert ("not       portable: the one above comes first" in out) is on_hopper
+    assert ("not       sm90: " in out) is not on_hopper
 
 
 def test_explain_the_machine_at_hand(capsys):
@@ -151,7 +155,7 @@ def test_explain_what_was_asked_for(capsys):
     ("arguments", "line"),
     [
         (["--capability", "7.5"], "capability must be one of 8.0, 8.6, "),
-        (["--impl", "magic"], "impl must be one of portable, reference, got 'magic'"),
+        (["--impl", "magic"], "impl must be one of sm90, portable, reference, got 'magic'"),
         (["--heads", "129"], "heads must be at most 128, got 129"),
         (["--heads", "0"], "argument --heads: must be a whole number of at least 1, got '0'"),
         (["--kv-len", "-1"], "argument --kv-len: must be a whole number of at least 0, got '-1'"),

@@ -474,7 +474,7 @@ def keyed(**changes: Any) -> Any:
     ("given", "rule"),
     [
         (replace(row(), point=row().point._replace(op="prefill")), "op and impl must be decode "),
-        (replace(row(), point=row().point._replace(impl="sm90")), "op and impl must be decode por"),
+        (replace(row(), point=row().point._replace(impl="sm80")), "op and impl must be decode sm9"),
         (replace(row(), us=None), "us must be a number if tuned and null if modelled, got None "),
         (replace(row(), source="modelled"), "us must be a number if tuned and null if modelled, "),
         (row(key=tables.KEY[1:]), "key must have dtype, format, heads, latent, "),

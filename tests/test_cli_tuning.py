@@ -54,7 +54,7 @@ def facts(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
 def test_a_dry_run_lists_the_points(capsys):
     first, *_, last = lines = said(capsys, *DRY, *SMALL).splitlines()
     assert re.fullmatch(
-        r"decode 512\+64 bfloat16 heads 16 s_q 1 page 64 rows 16 batch 4 length 2048: "
+        r"decode portable 512\+64 bfloat16 heads 16 s_q 1 page 64 rows 16 batch 4 length 2048: "
         r"\d+ configs, \d+ pruned",
         first,
     )
@@ -80,7 +80,7 @@ def test_a_dry_run_as_json(capsys):
     found = facts(capsys, *DRY, *SMALL, "--dtype", "float16", "bfloat16")
     assert found["skipped"] == 0
     assert len(found["work"]) == 8
-    assert {point["point"].split()[2] for point in found["work"]} == {"float16", "bfloat16"}
+    assert {point["point"].split()[3] for point in found["work"]} == {"float16", "bfloat16"}
     for point in found["work"]:
         assert point["candidates"]
         assert all(
@@ -102,7 +102,7 @@ def test_a_model_gives_the_shapes(capsys, tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"text_config": fields}))
     by_name = said(capsys, *DRY, "--model", "minicpm3-4b", "--tp", "4", "--max-batch", "1")
-    assert by_name.startswith("decode 256+32 bfloat16 heads 16 ")
+    assert by_name.startswith("decode portable 256+32 bfloat16 heads 16 ")
     assert "batch 1 length 32768: " in by_name
     by_file = said(capsys, *DRY, "--from-model", str(file), "--tp", "4", "--max-batch", "1")
     assert by_file == by_name
@@ -158,7 +158,7 @@ SHARED = [
     (["--heads", "x"], "argument --heads: must be a whole number of at least 1, got 'x'"),
     (["--rope", "-1"], "argument --rope: must be a whole number of at least 0, got '-1'"),
     (["--value-dim", "100"], "value_dim must be latent or latent + rope, 512 or 576, got 100"),
-    (["--latent", "500"], "no implementation of decode can run on 9.0: portable: value_dim must "),
+    (["--latent", "500"], "no implementation of decode can run on 9.0: sm90: it reads aligned "),
     (["--max-batch", "0"], "argument --max-batch: must be a whole number of at least 1, got '0'"),
     (["--s-q", "1", "0"], "argument --s-q: must be a whole number of at least 1, got '0'"),
     (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),

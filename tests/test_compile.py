@@ -54,7 +54,7 @@ def test_the_key_loop_does_not_spill(compiled):
 
 def test_matrix_instructions_are_those_of_the_card(compiled):
     for row in compiled:
-        if row.case.kernel != "decode":
+        if not row.case.is_decode:
             continue
         device = devices.from_label(row.case.label)
         families = row.resources.instructions
@@ -74,7 +74,7 @@ def test_matrix_instructions_are_those_of_the_card(compiled):
 
 def test_the_estimate_of_shared_memory_is_an_upper_bound(compiled):
     """The heuristics decide by the estimate: what does not fit must not seem to."""
-    decodes = [row for row in compiled if row.case.kernel == "decode"]
+    decodes = [row for row in compiled if row.case.kernel == "portable"]
     low = [describe(row) for row in decodes if row.resources.shared_memory > row.estimate]
     assert not low
 

@@ -468,9 +468,9 @@ def test_a_call_asks_once_for_a_bucket_of_lengths(monkeypatch):
 
     asked, right = [], configs.choose
 
-    def counts(implementation, problem, device):
+    def counts(implementation, problem, device, row_tile):
         asked.append(configs.length_bucket(problem.max_kv_len))
-        return right(implementation, problem, device)
+        return right(implementation, problem, device, row_tile)
 
     def prepare(max_kv_len: int):
         problem = replace(PLAIN, max_kv_len=max_kv_len)
@@ -501,9 +501,9 @@ def test_calls_of_one_bucket_ask_once(monkeypatch, device):
 
     asked, right = [], configs.choose
 
-    def counts(implementation, problem, device):
+    def counts(implementation, problem, device, row_tile):
         asked.append(configs.length_bucket(problem.max_kv_len))
-        return right(implementation, problem, device)
+        return right(implementation, problem, device, row_tile)
 
     monkeypatch.setattr(configs, "choose", counts)
     decode.prepare.cache_clear()

@@ -277,7 +277,7 @@ def test_without_a_right_heuristic_there_is_no_row(card, capsys):
     assert [outcome.message for outcome in tuned.failed] == ["wrong: off by a mile"] * 2
     assert tuned.mean_gain is None
     *_, one, other = tuner.lines(tuned)
-    assert one.startswith("no row for decode 512+64 bfloat16 heads 16 ")
+    assert one.startswith("no row for decode portable 512+64 bfloat16 heads 16 ")
     assert other.endswith(": wrong: off by a mile")
 
 
@@ -542,8 +542,8 @@ def test_the_command_says_what_it_found(card, at_hand, capsys):
     assert code == 0
     first, *_, last = out.splitlines()
     assert first == (
-        "decode 512+64 bfloat16 heads 16 s_q 1 page 64 rows 16 batch 1 length 512: block_n 32, "
-        "num_stages 4, num_warps 8; 10.00 us, 2.000 x the heuristic's speed"
+        "decode portable 512+64 bfloat16 heads 16 s_q 1 page 64 rows 16 batch 1 length 512: "
+        "block_n 32, num_stages 4, num_warps 8; 10.00 us, 2.000 x the heuristic's speed"
     )
     assert last == f"stored in {store.path(CARD)}"
 
@@ -568,7 +568,7 @@ def test_the_command_fails_where_a_point_has_no_row(card, at_hand, capsys):
     card.wrong = {heuristic(1)}
     code, out = command(capsys)
     assert code == 1
-    assert out.startswith("FAILED decode 512+64 ")
+    assert out.startswith("FAILED decode portable 512+64 ")
     assert "wrong: off by a mile" in out
 
 

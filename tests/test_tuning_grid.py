@@ -11,7 +11,7 @@ import torch
 from tables import CARD
 
 from mla_triton import configs
-from mla_triton.kernels.portable import decode as portable
+from mla_triton.kernels.sm90 import decode as sm90
 from mla_triton.tuning import tuner
 from mla_triton.tuning.tuner import list_work
 
@@ -70,8 +70,9 @@ def test_points_are_distinct_and_the_largest_come_first():
     dtypes = [each.problem.dtype for each in found]
     assert dtypes == sorted(dtypes, key=str), "memory of one dtype is made once"
     for each in found:
-        key, batch, length = portable.tuning_point(each.problem, CARD)
-        assert each.point == ("decode", "portable", key, batch, length)
+        key, batch, length = each.implementation.tuning_point(each.problem, CARD)
+        assert each.point == ("decode", each.implementation.NAME, key, batch, length)
+    assert {each.point.impl for each in found} == {"portable", "sm90"}
 
 
 @pytest.mark.parametrize("label", ["8.0", "8.9", "9.0", "12.0", "gfx942"])
@@ -83,11 +84,11 @@ def test_candidates_are_valid_and_the_pruned_are_not(label):
     assert found
     for each in found:
         for config in each.candidates:
-            assert portable.is_valid(config, each.problem, device)[0]
+            assert each.implementation.is_valid(config, each.problem, device)[0]
         for config, why in each.pruned:
-            assert portable.is_valid(config, each.problem, device) == (False, why)
-            assert "bytes of shared memory" in why
-        space = set(portable.search_space(each.problem, device))
+            assert each.implementation.is_valid(config, each.problem, device) == (False, why)
+            assert "bytes of shared memory" in why or each.implementation is sm90
+        space = set(each.implementation.search_space(each.problem, device))
         tried = set(each.candidates) | {config for config, _ in each.pruned}
         assert tried == space | {each.heuristic, each.incumbent}
         assert each.candidates[0] == each.heuristic

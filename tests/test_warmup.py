@@ -322,7 +322,7 @@ def test_rows_of_a_card_that_is_not_here(tuned, capsys):
 @st.composite
 def descriptions(draw: st.DrawFn) -> dict[str, Any]:
     """Deployments of few forms each, so that all their batches are soon looked up."""
-    latent, rope = draw(st.sampled_from([(512, 64), (256, 32), (512, 0)]))
+    latent, rope = draw(st.sampled_from([(512, 64), (256, 32), (512, 0), (256, 64)]))
     s_q = draw(st.integers(1, 4))
     return {
         "heads": draw(st.sampled_from([1, 2, 5, 16, 17, 40, 128])),
@@ -344,15 +344,15 @@ def descriptions(draw: st.DrawFn) -> dict[str, Any]:
 def rows_by(what: str) -> Any:
     """`configs.choose` as if a table had another config for every batch, or every length."""
 
-    def choose(implementation: Any, problem: Any, device: Device) -> Choice:
-        point = implementation.tuning_point(problem, device)
-        config = implementation.heuristic(problem, device)
+    def choose(implementation: Any, problem: Any, device: Device, row_tile: int) -> Choice:
+        point = implementation.tuning_point(problem, device, row_tile)
+        config = implementation.heuristic(problem, device, row_tile)
         if point is not None:
             key, batch, length = point
             usable = [
                 config
                 for config in implementation.search_space(problem, device)
-                if implementation.is_valid(config, problem, device)[0]
+                if implementation.is_valid(config, problem, device, row_tile)[0]
             ]
             size = batch if what == "batch" else configs.length_bucket(length).bit_length()
             config = usable[(size + len(repr(key))) % len(usable)]
@@ -446,7 +446,7 @@ def test_a_warm_up_says_where_its_directory_will_lie(tmp_path, monkeypatch):
         (
             {"device": "9.0", "latent": 500},
             NotImplementedError,
-            "no implementation of decode can run on 9.0: portable: value_dim must be ",
+            "no implementation of decode can run on 9.0: sm90: it reads aligned float16 or ",
         ),
         (
             {"device": "9.0", "installed_at": "/there"},

@@ -23,7 +23,7 @@ from mla_triton import device as devices
 from mla_triton.device import Device
 from mla_triton.kernels.common.launch import Variant
 from mla_triton.ops import decode as operation
-from mla_triton.ops.plan import schedule_launcher
+from mla_triton.ops.plan import cut, schedule_launcher
 from mla_triton.problem import DecodeProblem
 from mla_triton.tuning import warm
 from mla_triton.tuning.deployment import Deployment, describe
@@ -101,15 +101,18 @@ def call(deployment: Deployment, draw: random.Random) -> DecodeProblem:
 
 
 def kernels_of(problem: DecodeProblem, device: Device) -> Iterator[Variant]:
-    """The kernels that a call launches, found as `mla_triton.decode` finds them."""
-    implementation = select.decode(problem, device).module
+    """The kernels that a call launches, found as `mla_triton.decode` finds them: one that makes its
+    own schedule, and one that is given a plan."""
     length = configs.length_bucket(problem.max_kv_len)
-    ready = operation.prepare(implementation, problem, device, None, None, length)
-    tile = ready.geometry.kv_tile
-    yield schedule_launcher(problem.batch, problem.ragged, tile, device, None).variant
-    yield ready.kernel.variant
-    if ready.geometry.parts > 1:
-        yield ready.combine.variant
+    for like in (None, cut(problem.as_planned(), device, None, None)):
+        implementation = select.decode(problem, device, None, like).module
+        ready = operation.prepare(implementation, problem, device, None, like, length)
+        assert like in (None, ready.geometry)
+        tile = ready.geometry.kv_tile
+        yield schedule_launcher(problem.batch, problem.ragged, tile, device, None).variant
+        yield ready.kernel.variant
+        if ready.geometry.parts > 1:
+            yield ready.combine.variant
 
 
 def asked_for(deployment: Deployment, device: Device, seed: int, calls: int) -> list[Variant]:

@@ -1,5 +1,7 @@
 """Every kernel variant that the heuristics can choose, compiled for its card without having it.
 
+Of the Hopper kernel both forms, whichever the heuristic would take.
+
 `compile_all` runs in processes of its own: a process in which Triton interprets cannot compile.
 """
 
@@ -10,10 +12,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from typing import Any
 
 import torch
 
 from mla_triton import device as devices
+from mla_triton.device import Device
+from mla_triton.kernels.sm90 import decode_config as sm90_config
+from mla_triton.plan import Geometry
 from mla_triton.problem import DecodeProblem, RowSteps
 from mla_triton.testing import resources
 from mla_triton.testing.resources import Resources
@@ -33,8 +39,14 @@ class Case:
 
     label: str
     kernel: str
-    """"decode", "combine" or "schedule"."""
+    """"portable" or "sm90", which decode, "combine" or "schedule"."""
     problem: DecodeProblem
+    config: Any = None
+    """None for the heuristic's."""
+
+    @property
+    def is_decode(self) -> bool:
+        return self.kernel not in ("combine", "schedule")
 
 
 @dataclass(frozen=True)
@@ -47,7 +59,7 @@ class Compiled:
     limit: int
     """Bytes of shared memory a program may take on the card."""
     estimate: int
-    """What `decode_config.shared_memory` expected; 0 for the other kernels."""
+    """What `portable.decode_config.shared_memory` expected; 0 for the other kernels."""
     resources: Resources
 
 
@@ -85,21 +97,21 @@ def cases() -> Iterator[Case]:
         for dtype in DTYPES:
             for heads in HEADS if dtype != torch.float32 else HEADS[:1]:
                 for page_size in PAGE_SIZES:
-                    yield Case(label, "decode", problem(dtype, heads, page_size))
+                    yield Case(label, "portable", problem(dtype, heads, page_size))
         for dimensions in (*DIMENSIONS[1:], ROPE_INSIDE):
             for heads in HEADS:
-                yield Case(label, "decode", problem(heads=heads, dimensions=dimensions))
-            yield Case(label, "decode", problem(torch.float32, dimensions=dimensions))
+                yield Case(label, "portable", problem(heads=heads, dimensions=dimensions))
+            yield Case(label, "portable", problem(torch.float32, dimensions=dimensions))
         plain = problem()
         ragged = replace(plain, s_q=None, causal=True)
         pair = replace(plain, fused=False, ckv_stride_slot=512, kpe_stride_slot=64)
-        yield Case(label, "decode", replace(plain, s_q=2, queries=128, causal=True))
-        yield Case(label, "decode", ragged)
-        yield Case(label, "decode", replace(plain, csr=True))
-        yield Case(label, "decode", pair)
-        yield Case(label, "decode", replace(plain, aligned=False))
-        yield Case(label, "decode", replace(plain, heads=128, row_steps=RowSteps()))
-        yield Case(label, "decode", replace(plain, dtype=torch.float32, allow_tf32=True))
+        yield Case(label, "portable", replace(plain, s_q=2, queries=128, causal=True))
+        yield Case(label, "portable", ragged)
+        yield Case(label, "portable", replace(plain, csr=True))
+        yield Case(label, "portable", pair)
+        yield Case(label, "portable", replace(plain, aligned=False))
+        yield Case(label, "portable", replace(plain, heads=128, row_steps=RowSteps()))
+        yield Case(label, "portable", replace(plain, dtype=torch.float32, allow_tf32=True))
         for dtype in DTYPES:
             yield Case(label, "combine", replace(plain, dtype=dtype))
         for dimensions in DIMENSIONS[2::2]:
@@ -108,6 +120,28 @@ def cases() -> Iterator[Case]:
         for batch in (64, 1000):
             yield Case(label, "schedule", replace(plain, batch=batch))
             yield Case(label, "schedule", replace(ragged, batch=batch))
+        yield from _sm90_cases(label)
+
+
+def _sm90_cases(label: str) -> Iterator[Case]:
+    """Both forms of the Hopper kernel, where the card and the problem have them."""
+    device = devices.from_label(label)
+    plain = problem(heads=128)
+    forms = [
+        problem(dtype, 128, page_size)
+        for dtype in (torch.float16, torch.bfloat16)
+        for page_size in (16, 32, 64, 128)
+    ]
+    forms += [
+        problem(heads=128, dimensions=DIMENSIONS[2]),
+        replace(plain, s_q=2, queries=128, causal=True),
+        replace(plain, s_q=None, causal=True, csr=True),
+        replace(plain, fused=False, ckv_stride_slot=512, kpe_stride_slot=64),
+    ]
+    for form in forms:
+        for config in sm90_config.search_space(form, device):
+            if sm90_config.is_valid(config, form, device)[0]:
+                yield Case(label, "sm90", form, config)
 
 
 def compile_case(case: Case) -> Compiled:
@@ -123,18 +157,21 @@ def compile_case(case: Case) -> Compiled:
 
 def _compile(case: Case) -> Compiled:
     from mla_triton.kernels.common import combine, schedule
-    from mla_triton.kernels.portable import decode, decode_config
+    from mla_triton.kernels.portable import decode as portable
+    from mla_triton.kernels.portable import decode_config
 
     device = devices.from_label(case.label)
-    config = decode.heuristic(case.problem, device)
-    geometry = decode.geometry(case.problem, device)
+    if case.kernel == "sm90":
+        return _compile_sm90(case, device)
+    config = portable.heuristic(case.problem, device)
+    geometry = portable.geometry(case.problem, device)
     estimate = 0
     text = str(config)
-    if case.kernel == "decode":
+    if case.kernel == "portable":
         tf32 = decode_config.precision(case.problem, device) == "tf32"
         seen = replace(case.problem, allow_tf32=tf32)
         estimate = decode_config.shared_memory(config, seen, device, geometry.row_tile)
-        compiled = decode.compile(case.problem, config, geometry, device)
+        compiled = portable.compile(case.problem, config, geometry, device)
     elif case.kernel == "combine":
         text = "any number of pieces"
         compiled = combine.compile(case.problem, device)
@@ -142,13 +179,22 @@ def _compile(case: Case) -> Compiled:
         text = f"block of {schedule.block_of(case.problem.batch)} requests"
         batch, ragged = case.problem.batch, case.problem.ragged
         compiled = schedule.variant(batch, ragged, geometry.kv_tile, device).compile(device)
+    return _made(case, device, geometry, text, estimate, compiled)
+
+
+def _compile_sm90(case: Case, device: Device) -> Compiled:
+    from mla_triton.kernels.sm90 import decode
+
+    geometry = decode.geometry(case.problem, device)
+    compiled = decode.compile(case.problem, case.config, geometry, device)
+    return _made(case, device, geometry, str(case.config), 0, compiled)
+
+
+def _made(
+    case: Case, device: Device, geometry: Geometry, text: str, estimate: int, compiled: Any
+) -> Compiled:
     return Compiled(
-        case,
-        geometry.row_tile,
-        text,
-        device.shared_memory,
-        estimate,
-        resources.read(compiled),
+        case, geometry.row_tile, text, device.shared_memory, estimate, resources.read(compiled)
     )
 
 

@@ -201,9 +201,7 @@ def candidates(problem: DecodeProblem, device: Device, rows: int) -> list[tuple[
     ]
 
 
-def choose(
-    problem: DecodeProblem, device: Device, rows: int | None = None
-) -> tuple[Config, str]:
+def choose(problem: DecodeProblem, device: Device, rows: int | None = None) -> tuple[Config, str]:
     """The first candidate that is valid, with its reason; ValueError if none is.
 
     `rows` is the row tile, by default that of the problem.
@@ -256,6 +254,7 @@ def geometry(
 
 
 # -- tuning
+
 
 def tuning_point(
     problem: DecodeProblem, device: Device, rows: int | None = None

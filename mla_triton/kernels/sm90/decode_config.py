@@ -51,7 +51,9 @@ def why_not(problem: DecodeProblem, device: Device) -> str | None:
     if problem.page_size % BLOCK and problem.page_size not in PAGES:
         return f"a TMA box is 16, 32 or 64 keys of one page, got pages of {problem.page_size}"
     if not problem.page_slots:
-        return "its TMA descriptors need all pages of the cache to be one evenly spaced row of slots"
+        return (
+            "its TMA descriptors need all pages of the cache to be one evenly spaced row of slots"
+        )
     return None
 
 
@@ -93,9 +95,7 @@ def is_valid(
     return True, "one program an SM"
 
 
-def choose(
-    problem: DecodeProblem, device: Device, rows: int | None = None
-) -> tuple[Config, str]:
+def choose(problem: DecodeProblem, device: Device, rows: int | None = None) -> tuple[Config, str]:
     """The heuristic's config and its reason; ValueError where the problem cannot be taken."""
     two = Config(2)
     if problem.rows > ROW_TILE and is_valid(two, problem, device, rows)[0]:
