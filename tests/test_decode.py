@@ -140,7 +140,8 @@ def test_a_group_of_any_number_of_pieces(keys, parts, splits):
 @pytest.mark.parametrize("page_size", [64, 16])
 def test_any_block_size_gives_the_answer(monkeypatch, block_n, page_size):
     """Parts begin at multiples of 32 keys: larger blocks must hide the keys before their part."""
-    monkeypatch.setattr(portable, "heuristic", lambda problem, device: Config(block_n, 4, 1))
+    config = Config(block_n, 4, 1)
+    monkeypatch.setattr(portable, "choose", lambda problem, device, rows: (config, "a test's"))
     operation.prepare.cache_clear()
     inputs = decode_inputs(
         kv_lens=[330, 97, 40], heads=3, latent=128, rope=32, page_size=page_size, s_q=2
