@@ -1,5 +1,7 @@
 """A script for compute-sanitizer: every kernel on small problems, judged on the CPU.
 
+    python sanitized.py WAY    one of portable, sm90-1 and sm90-2
+
 Memory comes straight from the driver (PYTORCH_NO_CUDA_MEMORY_CACHING=1), so that an access past the
 end of a tensor is one past the end of an allocation.
 """
@@ -7,15 +9,16 @@ end of a tensor is one past the end of an allocation.
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
+from ways import WAYS, Way, forced, run
 
-import mla_triton
 from mla_triton import AttentionState
 from mla_triton.testing import assert_within_budget, decode_inputs
 
 KV_LENS = (300, 0, 65, 1)
-PROBLEMS = (
+PORTABLE: tuple[dict[str, Any], ...] = (
     {"heads": 16, "dtype": torch.bfloat16},
     {"heads": 16, "dtype": torch.float16, "page_size": 1},
     {"heads": 5, "dtype": torch.float16, "page_size": 16, "table": "csr"},
@@ -27,23 +30,39 @@ PROBLEMS = (
     {"heads": 16, "dtype": torch.float16, "strided": 3},
     {"heads": 8, "dtype": torch.float32},
 )
+HOPPER: tuple[dict[str, Any], ...] = (
+    {"heads": 16, "dtype": torch.bfloat16},
+    {"heads": 128, "dtype": torch.float16, "page_size": 128, "causal": False},
+    {"heads": 5, "dtype": torch.float16, "page_size": 32, "table": "csr"},
+    {"heads": 40, "dtype": torch.bfloat16, "page_size": 16},
+    {"heads": 40, "dtype": torch.bfloat16, "latent": 256, "rope": 64},
+    {"heads": 128, "dtype": torch.bfloat16, "s_q": 2},
+    {"heads": 16, "dtype": torch.float16, "q_lens": (3, 1, 0, 33)},
+    {"heads": 20, "dtype": torch.bfloat16, "layout": "pair", "strided": True},
+)
 
 
-def main() -> int:
-    for problem in PROBLEMS:
+def decode_all(way: Way) -> int:
+    """Decodes every problem of a way, and one whose lengths and page ids lie; how many."""
+    problems = PORTABLE if way.impl == "portable" else HOPPER
+    for problem in problems:
         inputs = decode_inputs(kv_lens=KV_LENS, **problem)
-        arguments, options = inputs.to("cuda").call_arguments()
-        state = mla_triton.decode(*arguments, **options, impl="portable")
+        state = run(inputs.to("cuda"), way)
         assert_within_budget(AttentionState(*(tensor.cpu() for tensor in state)), inputs)
     wrong = decode_inputs(kv_lens=(300, 100), heads=16, device="cuda")
     wrong.page_table.copy_(torch.tensor([[-5], [2**31 - 1]], dtype=torch.int32))
     wrong.kv_lens.copy_(torch.tensor([2**31 - 1, -7], dtype=torch.int32))
-    arguments, options = wrong.call_arguments()
-    mla_triton.decode(*arguments, **options, impl="portable")
+    run(wrong, way)
     torch.cuda.synchronize()
-    print(f"{len(PROBLEMS) + 1} problems decoded")
+    return len(problems) + 1
+
+
+def main(name: str) -> int:
+    way = next(way for way in WAYS if str(way) == name)
+    with forced(way):
+        print(f"{decode_all(way)} problems decoded")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1]))

@@ -9,20 +9,26 @@ import sys
 from pathlib import Path
 
 import pytest
+from ways import WAYS, Way
+
+from mla_triton import device as devices
 
 SCRIPT = Path(__file__).with_name("sanitized.py")
 SANITIZER = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
-TIME_LIMIT = 300
+TIME_LIMIT = 600
 
 
 @pytest.mark.skipif(SANITIZER is None, reason="compute-sanitizer is not installed")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_sanitizer(tool):
+@pytest.mark.parametrize("kernel", WAYS, ids=str)
+def test_sanitizer(kernel: Way, tool: str):
+    if kernel.impl == "sm90" and devices.current().capability != (9, 0):
+        pytest.skip("the Hopper kernel needs capability 9.0")
     assert SANITIZER is not None
     command = [SANITIZER, "--tool", tool, "--error-exitcode", "77", "--print-limit", "20"]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_INTERPRET": "0"}
     done = subprocess.run(
-        [*command, sys.executable, str(SCRIPT)],
+        [*command, sys.executable, str(SCRIPT), str(kernel)],
         env=environment,
         capture_output=True,
         text=True,
