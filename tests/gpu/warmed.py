@@ -48,9 +48,13 @@ def laid_out(inputs: DecodeInputs, how: str) -> DecodeInputs:
     return replace(inputs, q_nope=q_nope, q_rope=q_rope)
 
 
-def decode(inputs: DecodeInputs) -> None:
+def decode(inputs: DecodeInputs, planned: bool = False) -> None:
     arguments, options = inputs.call_arguments()
-    state = mla_triton.decode(*arguments, **options)
+    plan = None
+    if planned:
+        _, s_q, heads, _ = inputs.q_nope.shape
+        plan = mla_triton.plan(inputs.kv_lens, heads=heads, s_q=s_q, dtype=inputs.q_nope.dtype)
+    state = mla_triton.decode(*arguments, **options, plan=plan)
     torch.cuda.synchronize()
     assert_within_budget(state, inputs)
 
@@ -74,8 +78,9 @@ def serve() -> dict[str, Any]:
         for s_q in DEPLOYMENT["s_q"]:
             inputs = decode_inputs(kv_lens=kv_lens, s_q=s_q, heads=16, device="cuda")
             for how in ("split", "joined", "head_major"):
-                decode(laid_out(inputs, how))
-                calls += 1
+                for planned in (False, True):
+                    decode(laid_out(inputs, how), planned)
+                    calls += 1
     served = {"calls": calls, "found": list(found), "compiled": list(compiled), "built": built}
     triton.knobs.build.impl = None
     decode(decode_inputs(kv_lens=[300], page_size=16, heads=16, device="cuda"))
