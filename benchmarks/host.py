@@ -95,7 +95,9 @@ def measure(inputs: DecodeInputs, card: devices.Device) -> dict[str, float]:
             plan.key,
             None,
         ]
-        module = select.decode(problem, card).module
+        like = plan.geometry
+        module = select.decode(problem, card, None, like).module
+        length = configs.length_bucket(problem.max_kv_len)
         empty = torch.ops.mla_triton_benchmarks.decode
         launches = _recorded(lambda: mla_triton.decode(*arguments, **options, plan=plan))
         calls: dict[str, Callable[[], object]] = {
@@ -105,13 +107,13 @@ def measure(inputs: DecodeInputs, card: devices.Device) -> dict[str, float]:
             "call: plan given": lambda: mla_triton.decode(*arguments, **options, plan=plan),
             "call: nothing given": lambda: mla_triton.decode(*arguments, **options),
             "  checks (validate.decode)": lambda: validate.decode(*checked, **checks),
-            "  selection (select.decode)": lambda: select.decode(problem, card),
+            "  selection (select.decode)": lambda: select.decode(problem, card, None, like),
             "  hash of a problem": lambda: hash(problem),
             "  length of the look-up": lambda: configs.length_bucket(problem.max_kv_len),
             "  launchers of a problem, its config looked up before": lambda: decode.prepare(
-                module, problem, card, 0, None, configs.length_bucket(problem.max_kv_len)
+                module, problem, card, 0, like, length
             ),
-            "  config looked up anew": lambda: configs.choose(module, problem, card),
+            "  config looked up anew": lambda: configs.choose(module, problem, card, like.row_tile),
             "  launches, without the driver": lambda: [again() for again in launches],
             "  plan.key": lambda: plan.key,
             "  an empty operator of as many operands": lambda: empty(*operands),

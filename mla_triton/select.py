@@ -16,20 +16,24 @@ from mla_triton import reference
 from mla_triton.device import Device
 from mla_triton.kernels import sm90
 from mla_triton.kernels.portable import decode as portable_decode
+from mla_triton.kernels.portable import decode_config as portable_config
 from mla_triton.kernels.sm90 import decode_config as sm90_config
 from mla_triton.plan import Geometry
 from mla_triton.problem import DecodeProblem
 
 DECODE = ("sm90", "portable", "reference")
 """Implementations of decode, best first."""
+CONFIGURED = {"sm90": sm90_config, "portable": portable_config}
+"""How the kernels among them are configured, which needs no compiler and no Gluon."""
+Reasons = tuple[tuple[str, str | None], ...]
+"""(implementation, why it does not take the problem or None), best first."""
 
 
 class Selection(NamedTuple):
     name: str
     module: ModuleType
     """`mla_triton.kernels.<name>.decode`, or `mla_triton.reference`."""
-    reasons: tuple[tuple[str, str | None], ...]
-    """(implementation, why it does not take the problem or None), best first."""
+    reasons: Reasons
 
 
 def why_not_reference(device: Device) -> str | None:
@@ -42,10 +46,10 @@ def why_not_reference(device: Device) -> str | None:
 def why_not_sm90(
     problem: DecodeProblem, device: Device, impl: str | None, like: Geometry | None
 ) -> str | None:
-    """What problem or card have against it, then what speaks for portable, then what this Triton
-    lacks: Gluon, which takes a while to import, is not where something else would run anyway.
+    """The first reason: what it cannot do, then why portable goes first, then that Gluon is not one
+    that it knows. The last is asked last because importing Gluon takes a while.
 
-    A plan has decided which of the two cuts better: the one that it was cut for runs.
+    With a plan it is not asked which of the two is faster: the one that the plan was cut for runs.
     """
     reason = sm90_config.why_not(problem, device)
     if reason is None and impl is None:
@@ -53,10 +57,10 @@ def why_not_sm90(
             reason = sm90_config.why_slower(problem, device)
         else:
             reason = sm90_config.why_not_cut(like)
-    return reason or sm90.load_decode()[1] or None
+    return reason or sm90.why_not_loaded()
 
 
-def module_of(name: str) -> ModuleType:
+def _module_of(name: str) -> ModuleType:
     """The module of an implementation that no reason is known against."""
     if name == "sm90":
         module, reason = sm90.load_decode()
@@ -65,13 +69,13 @@ def module_of(name: str) -> ModuleType:
     return portable_decode if name == "portable" else reference
 
 
-def choose_decode(
+def name_decode(
     problem: DecodeProblem,
     device: Device,
     impl: str | None = None,
     like: Geometry | None = None,
-) -> Selection:
-    """Chooses for a problem on a device; `like` is the geometry of a plan that is to be followed.
+) -> tuple[str, Reasons]:
+    """(name, reasons) for a problem on a device; `like` is the geometry of a plan to be followed.
 
     A plan that none of the kernels can follow is refused by what is chosen, not here.
 
@@ -80,7 +84,7 @@ def choose_decode(
     """
     reasons = (
         ("sm90", why_not_sm90(problem, device, impl, like)),
-        ("portable", portable_decode.why_not(problem, device)),
+        ("portable", portable_config.why_not(problem, device)),
         ("reference", why_not_reference(device)),
     )
     if impl is not None:
@@ -89,13 +93,24 @@ def choose_decode(
         reason = dict(reasons)[impl]
         if reason is not None and impl != "reference":
             raise NotImplementedError(f"impl {impl!r} cannot run this decode: {reason}")
-        return Selection(impl, module_of(impl), reasons)
+        return impl, reasons
     for name, reason in reasons:
         if reason is None:
-            return Selection(name, module_of(name), reasons)
+            return name, reasons
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons)
     raise NotImplementedError(f"no implementation of decode can run on {device.label}: {listed}")
 
 
+def choose_decode(
+    problem: DecodeProblem,
+    device: Device,
+    impl: str | None = None,
+    like: Geometry | None = None,
+) -> Selection:
+    """The same with the module that runs, which is loaded for it."""
+    name, reasons = name_decode(problem, device, impl, like)
+    return Selection(name, _module_of(name), reasons)
+
+
 decode = lru_cache(maxsize=4096)(choose_decode)
-"""The same, remembered; a compiler that traces a call takes the one above."""
+"""The same, remembered."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType
@@ -329,6 +330,21 @@ def test_the_choice_does_not_depend_on_what_a_plan_does_not_know():
             assert chosen == select.decode(given.as_planned(), HOPPER).name, name
             shorter = replace(given, max_kv_len=1, num_pages=1)
             assert chosen == select.choose_decode(shorter, HOPPER).name, name
+
+
+@pytest.mark.parametrize(("heads", "rows"), [(16, 16), (128, 64)])
+def test_a_compiler_traces_the_plan_of_a_hopper_card(heads, rows):
+    """Without a graph break, and without a warning of what it looked into."""
+    given = problem(heads=heads).as_planned()
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def row_tile(kv_lens: torch.Tensor) -> torch.Tensor:
+        geometry = cut(given, HOPPER, None, None)
+        return kv_lens + geometry.row_tile
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert row_tile(torch.zeros(1)).item() == rows
 
 
 # -- reasons

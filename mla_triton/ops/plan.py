@@ -116,10 +116,10 @@ def cut(
     problem: DecodeProblem, device: Device, impl: str | None, parts: int | None
 ) -> Geometry | None:
     """How what runs a problem cuts it; None for the reference, which does not."""
-    chosen = select.choose_decode(problem, device, impl)
-    if chosen.name == "reference":
+    name, _ = select.name_decode(problem, device, impl)
+    if name == "reference":
         return None
-    geometry: Geometry = chosen.module.geometry(problem, device, parts)
+    geometry: Geometry = select.CONFIGURED[name].geometry(problem, device, parts)
     return geometry
 
 

@@ -6,6 +6,8 @@ from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
 
+import torch
+
 
 @lru_cache(maxsize=1)
 def load_decode() -> tuple[ModuleType | None, str]:
@@ -15,3 +17,12 @@ def load_decode() -> tuple[ModuleType | None, str]:
     except (ImportError, AttributeError) as error:
         # Gluon is experimental: a name that moved is no reason to go without any kernel.
         return None, f"this Triton's Gluon is not one that it knows: {error}"
+
+
+@torch.compiler.assume_constant_result
+def why_not_loaded() -> str | None:
+    """The reason why there is no decode module, or None.
+
+    A compiler that traces a plan calls this, and does not look into an import.
+    """
+    return load_decode()[1] or None
