@@ -332,6 +332,19 @@ def test_the_choice_does_not_depend_on_what_a_plan_does_not_know():
             assert chosen == select.choose_decode(shorter, HOPPER).name, name
 
 
+def test_without_gluon_portable_follows_the_plan_of_a_compiler(no_gluon):
+    """Which cannot know that, because it does not look into an import."""
+    assert plan_of(DEEPSEEK_V3).kv_tile == 32
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        like = plan_of(DEEPSEEK_V3)
+    assert (like.kv_tile, like.row_tile) == (64, 64)
+    chosen = select.decode(DEEPSEEK_V3, HOPPER, None, like)
+    assert chosen.name == "portable"
+    assert dict(chosen.reasons)["sm90"] == no_gluon
+    assert chosen.module.geometry(DEEPSEEK_V3, HOPPER, like=like) == like
+
+
 @pytest.mark.parametrize(("heads", "rows"), [(16, 16), (128, 64)])
 def test_a_compiler_traces_the_plan_of_a_hopper_card(heads, rows):
     """Without a graph break, and without a warning of what it looked into."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 
 from mla_triton import device as devices
 from mla_triton.kernels.common.launch import Variant
-from mla_triton.kernels.sm90 import decode
+from mla_triton.kernels.sm90 import decode, gluon
 from mla_triton.kernels.sm90.decode import Config
 from mla_triton.plan import Geometry
 from mla_triton.problem import DecodeProblem
@@ -221,3 +223,15 @@ def test_rows_are_found_by_a_key_of_its_own_tile():
     key, batch, length = decode.tuning_point(PLAIN, CARD)
     assert dict(key)["row_tile"] == 64
     assert (batch, length) == (PLAIN.batch, PLAIN.max_kv_len)
+
+
+# -- Gluon
+
+
+def test_a_name_of_any_known_release_is_found():
+    module = SimpleNamespace(newer=1, older=2)
+    assert gluon._first(module, "newer", "older") == 1
+    assert gluon._first(module, "newest", "older") == 2
+    with pytest.raises(AttributeError) as error:
+        gluon._first(module, "this", "that")
+    assert str(error.value) == f"Triton {triton.__version__} has none of this, that"

@@ -19,10 +19,10 @@ def load_decode() -> tuple[ModuleType | None, str]:
         return None, f"this Triton's Gluon is not one that it knows: {error}"
 
 
-@torch.compiler.assume_constant_result
 def why_not_loaded() -> str | None:
     """The reason why there is no decode module, or None.
 
-    A compiler that traces a plan calls this, and does not look into an import.
+    A compiler that traces a plan cannot look into an import, and is told that there is one: what
+    runs if there is none follows the plan.
     """
-    return load_decode()[1] or None
+    return None if torch.compiler.is_compiling() else load_decode()[1] or None
