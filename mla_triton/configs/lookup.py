@@ -150,4 +150,4 @@ def _say(found: Found, origin: Origin) -> str:
 def _why_no_row(device: Device) -> str:
     if not origins(device):
         return f"{device.label} has no table"
-    return "no table has its key (dtype, widths, heads, s_q, page size)"
+    return "no table has its key (implementation, dtype, widths, heads, s_q, page size)"
