@@ -9,7 +9,7 @@ right half. For few rows: memory is what such a program waits for.
 | weights_ready | scores | right | a block's weights and rescale factors are there |
 | weights_free | right | scores | they were used up |
 | sum_ready | scores | right | a group's sums are there |
-| sum_free | right | scores | they were read |
+| query_free | right | scores | the group's sums and the place of its right queries were used up |
 
 Shared memory at 512 + 64: queries 64 KiB (their rotary part passes through a slot of the weights
 into registers), two key blocks of 72 KiB, weights 16 KiB: 224 KiB.
@@ -64,12 +64,12 @@ class Shared:
     weights_ready: gl.shared_memory_descriptor
     weights_free: gl.shared_memory_descriptor
     sum_ready: gl.shared_memory_descriptor
-    sum_free: gl.shared_memory_descriptor
+    query_free: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
     def __init__(
         self, query_left, query_right, left, right, rope, weights, factors, left_full, right_full,
-        left_empty, right_empty, weights_ready, weights_free, sum_ready, sum_free,
+        left_empty, right_empty, weights_ready, weights_free, sum_ready, query_free,
     ):  # fmt: skip
         self.query_left = query_left
         self.query_right = query_right
@@ -85,7 +85,7 @@ class Shared:
         self.weights_ready = weights_ready
         self.weights_free = weights_free
         self.sum_ready = sum_ready
-        self.sum_free = sum_free
+        self.query_free = query_free
 
 
 @gluon.jit
@@ -112,12 +112,10 @@ def load_keys(
     end_group = cuts[2] + (cuts[3] > 0).to(gl.int32)
     for group in range(cuts[0], end_group):
         request, first_row = call.place(group)
-        piece = call.keys(group, cuts, request, first_row)
-        begin_key = piece[0]
-        end_key = piece[1]
-        page_row = piece[4]
-        last_page = gl.maximum(end_key - 1, 0) // call.PAGE_SIZE
-        page = gl.load(page_row + gl.minimum(begin_key // call.PAGE_SIZE, last_page))
+        begin_key = call.begin(group, cuts)
+        page_row, reach = call.page_row(request)
+        page = call.first_page(page_row, reach, begin_key)
+        end_key = call.keys(group, cuts, request, first_row, reach)[0]
         for block in range(begin_key, end_key, KEYS):
             mbarrier.wait(shared.left_empty.index(slot), phase)
             mbarrier.expect(shared.left_full.index(slot), KEYS * HALF * 2)
@@ -127,8 +125,7 @@ def load_keys(
                 first_key = block + box * BOX
                 row = key_row(page, first_key, num_pages, page_rows, call.PAGE_SIZE)
                 # On its way while this block is waited for.
-                following_page = (first_key + BOX) // call.PAGE_SIZE
-                page = gl.load(page_row + gl.minimum(following_page, last_page))
+                page = call.page(page_row, first_key + BOX, end_key)
                 full = shared.left_full.index(slot)
                 copy_rows(half_map, row, 0, full, shared.left.index(slot), BOX, box)
                 full = shared.right_full.index(slot)
@@ -175,16 +172,12 @@ def attend_scores(
     end_group = cuts[2] + (cuts[3] > 0).to(gl.int32)
     for group in range(cuts[0], end_group):
         request, first_row = call.place(group)
-        piece = call.keys(group, cuts, request, first_row)
-        begin_key = piece[0]
-        end_key = piece[1]
-        seen_end = piece[2]
-        before_queries = piece[3]
-        whole = piece[5]
-        is_first = piece[6]
+        begin_key = call.begin(group, cuts)
         nope_rows = row_offsets(
             call, request, first_row, tile_rows, nope_stride_b, nope_stride_s, nope_stride_h
         )
+        # The right one has written the group before it from the place of its queries.
+        mbarrier.wait(shared.query_free.index(0), group_phase ^ 1)
         load_query(q_nope, nope_rows, 0, HALF, shared.query_left.index(0))
         load_query(q_nope, nope_rows, HALF, HALF, shared.query_right.index(0))
         if TAIL > 0:
@@ -195,9 +188,13 @@ def attend_scores(
             )
             load_query(q_rope, rope_rows, 0, TAIL, shared.weights.index(1))
         commit_copies()
+        reach = call.page_row(request)[1]
+        end_key, seen_end, before_queries, whole = call.keys(
+            group, cuts, request, first_row, reach
+        )
         wait_copies(0)
-        sync_threads()
         fence_async_shared()
+        sync_threads()
         rope_query = shared.weights.index(1).load(gl.DotOperandLayout(0, SCORES, 2))
         sync_threads()
 
@@ -240,17 +237,17 @@ def attend_scores(
             slot, phase = following(slot, phase)
             step += 1
 
-        mbarrier.wait(shared.sum_free.index(0), group_phase ^ 1)
         shared.factors.index(2).store(running_sum)
         mbarrier.arrive(shared.sum_ready.index(0), count=1)
         group_phase = group_phase ^ 1
         empty = running_sum == 0.0
         total = gl.where(empty, 1.0, running_sum)
         inverse = gl.convert_layout(1.0 / total, OUT_BY_ROW)
-        slot_row = partial_row(is_first)
+        slot_row = partial_row(begin_key == 0)
         store_half(
             call, accumulator * gl.expand_dims(inverse, 1), request, first_row, slot_row, whole,
-            out, partial_out, out_stride_b, out_stride_s, out_stride_h, 0, HALF, HALVES,
+            out, partial_out, shared.query_left.index(0),
+            out_stride_b, out_stride_s, out_stride_h, 0, HALF, HALVES,
         )  # fmt: skip
         lse_log2 = gl.where(empty, float("-inf"), running_max + gl.log2(total))
         s_q = call.tokens(request)[1]
@@ -277,11 +274,9 @@ def attend_right(
     end_group = cuts[2] + (cuts[3] > 0).to(gl.int32)
     for group in range(cuts[0], end_group):
         request, first_row = call.place(group)
-        piece = call.keys(group, cuts, request, first_row)
-        begin_key = piece[0]
-        end_key = piece[1]
-        whole = piece[5]
-        is_first = piece[6]
+        begin_key = call.begin(group, cuts)
+        reach = call.page_row(request)[1]
+        end_key, _, _, whole = call.keys(group, cuts, request, first_row, reach)
         accumulator = gl.zeros([ROWS, HALF], gl.float32, HALVES)
         for block in range(begin_key, end_key, KEYS):
             turn = step & 1
@@ -301,11 +296,11 @@ def attend_right(
 
         mbarrier.wait(shared.sum_ready.index(0), group_phase)
         running_sum = shared.factors.index(2).load(BY_ROW)
-        mbarrier.arrive(shared.sum_free.index(0), count=1)
         group_phase = group_phase ^ 1
         inverse = 1.0 / gl.where(running_sum == 0.0, 1.0, running_sum)
         store_half(
             call, accumulator * gl.expand_dims(inverse, 1), request, first_row,
-            partial_row(is_first), whole, out, partial_out,
+            partial_row(begin_key == 0), whole, out, partial_out, shared.query_right.index(0),
             out_stride_b, out_stride_s, out_stride_h, HALF, HALF, HALVES,
         )  # fmt: skip
+        mbarrier.arrive(shared.query_free.index(0), count=1)

@@ -135,7 +135,6 @@ def decode_kernel(
     HALF: gl.constexpr, TAIL: gl.constexpr, PAGE_SIZE: gl.constexpr, CSR: gl.constexpr,
     RAGGED: gl.constexpr, CAUSAL: gl.constexpr, BLOCKS: gl.constexpr,
 ):  # fmt: skip
-    gdc_wait()
     gdc_launch_dependents()
     dtype: gl.constexpr = out.dtype.element_ty
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -149,12 +148,14 @@ def decode_kernel(
     left = gl.allocate_shared_memory(dtype, [2, KEYS, HALF], LAYOUT)
     right = gl.allocate_shared_memory(dtype, [2, KEYS, HALF], LAYOUT)
     rope = gl.allocate_shared_memory(dtype, [2, KEYS, TAIL], LAYOUT)
+    # Memory and barriers are this kernel's own; what follows reads what the one before it wrote.
+    gdc_wait()
     if BLOCKS == 2:
         shared = _pairs(
             query_left, query_right, gl.allocate_shared_memory(dtype, [1, ROWS, TAIL], LAYOUT),
             left, right, rope, gl.allocate_shared_memory(gl.float32, [4, ROWS], VECTOR),
             barriers(2, 1), barriers(2, 1), barriers(2, 1), barriers(2, 1), barriers(2, 1),
-            barriers(2, 1), barriers(1, 2), barriers(1, 2), barriers(1, 1), barriers(1, 1),
+            barriers(2, 1), barriers(1, 2), barriers(1, 1), barriers(1, 1),
         )  # fmt: skip
         gl.warp_specialize(
             [

@@ -17,9 +17,8 @@ products between its last use and its next.
 | right_empty | right | loader | the right half was used up |
 | weights_ready | left: 0, right: 1 | the other | a block's weights and running maximum are there |
 | query_ready | both | both | all of the queries are there |
-| query_free | both | both | no product reads them any more |
-| right_sum_ready | right | left | the right one's sums are there |
-| sum_ready | left | right | the group's sums are there |
+| right_sum_ready | right | left | the right one's sums are there, and it reads no queries any more |
+| sum_ready | left | right | the group's sums are there, and the left one reads no queries any more |
 
 When both halves of a slot were used up, so were its rotary keys, and the weights in their place.
 
@@ -80,14 +79,13 @@ class Shared:
     right_empty: gl.shared_memory_descriptor
     weights_ready: gl.shared_memory_descriptor
     query_ready: gl.shared_memory_descriptor
-    query_free: gl.shared_memory_descriptor
     right_sum_ready: gl.shared_memory_descriptor
     sum_ready: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
     def __init__(
         self, query_left, query_right, query_rope, left, right, rope, vectors, left_full,
-        right_full, rope_full, left_empty, right_empty, weights_ready, query_ready, query_free,
+        right_full, rope_full, left_empty, right_empty, weights_ready, query_ready,
         right_sum_ready, sum_ready,
     ):  # fmt: skip
         self.query_left = query_left
@@ -104,7 +102,6 @@ class Shared:
         self.right_empty = right_empty
         self.weights_ready = weights_ready
         self.query_ready = query_ready
-        self.query_free = query_free
         self.right_sum_ready = right_sum_ready
         self.sum_ready = sum_ready
 
@@ -134,23 +131,36 @@ def load_pairs(
     end_group = cuts[2] + (cuts[3] > 0).to(gl.int32)
     for group in range(cuts[0], end_group):
         request, first_row = call.place(group)
-        piece = call.keys(group, cuts, request, first_row)
-        begin_key = piece[0]
-        end_key = piece[1]
-        page_row = piece[4]
-        last_page = gl.maximum(end_key - 1, 0) // call.PAGE_SIZE
+        begin_key = call.begin(group, cuts)
+        page_row, reach = call.page_row(request)
+        first = call.first_page(page_row, reach, begin_key)
+        second = call.first_page(page_row, reach, begin_key + KEYS)
+        if BOX < KEYS:
+            other_first = call.first_page(page_row, reach, begin_key + BOX)
+            other_second = call.first_page(page_row, reach, begin_key + KEYS + BOX)
+        end_key = call.keys(group, cuts, request, first_row, reach)[0]
         for block in range(begin_key, end_key, 2 * KEYS):
-            for second in gl.static_range(2):
-                first_key = block + second * KEYS
-                page = gl.load(page_row + gl.minimum(first_key // call.PAGE_SIZE, last_page))
-                row = key_row(page, first_key, num_pages, page_rows, call.PAGE_SIZE)
-                other_row = row
-                if BOX < KEYS:
-                    other_key = first_key + BOX
-                    page = gl.load(page_row + gl.minimum(other_key // call.PAGE_SIZE, last_page))
-                    other_row = key_row(page, other_key, num_pages, page_rows, call.PAGE_SIZE)
+            rows = (
+                key_row(first, block, num_pages, page_rows, call.PAGE_SIZE),
+                key_row(second, block + KEYS, num_pages, page_rows, call.PAGE_SIZE),
+            )
+            other_rows = rows
+            # The next ids are on their way while this pair is waited for.
+            following = block + 2 * KEYS
+            first = call.page(page_row, following, end_key)
+            second = call.page(page_row, following + KEYS, end_key)
+            if BOX < KEYS:
+                other_rows = (
+                    key_row(other_first, block + BOX, num_pages, page_rows, call.PAGE_SIZE),
+                    key_row(other_second, block + KEYS + BOX, num_pages, page_rows, call.PAGE_SIZE),
+                )
+                other_first = call.page(page_row, following + BOX, end_key)
+                other_second = call.page(page_row, following + KEYS + BOX, end_key)
+            for which in gl.static_range(2):
+                row = rows[which]
+                other_row = other_rows[which]
                 # Each block begins with the half that its warpgroup multiplies first.
-                if second == 0:
+                if which == 0:
                     mbarrier.wait(shared.left_empty.index(0), phase)
                     load_part(half_map, row, other_row, 0, shared.left_full.index(0),
                               shared.left.index(0), HALF_BYTES, BOX)  # fmt: skip
@@ -164,8 +174,8 @@ def load_pairs(
                     mbarrier.wait(shared.left_empty.index(1), phase)
                     load_part(half_map, row, other_row, 0, shared.left_full.index(1),
                               shared.left.index(1), HALF_BYTES, BOX)  # fmt: skip
-                load_part(rope_map, row, other_row, rope_column, shared.rope_full.index(second),
-                          shared.rope.index(second), KEYS * TAIL * 2, BOX)  # fmt: skip
+                load_part(rope_map, row, other_row, rope_column, shared.rope_full.index(which),
+                          shared.rope.index(which), KEYS * TAIL * 2, BOX)  # fmt: skip
             phase = phase ^ 1
 
 
@@ -217,14 +227,7 @@ def attend_left(
     end_group = cuts[2] + (cuts[3] > 0).to(gl.int32)
     for group in range(cuts[0], end_group):
         request, first_row = call.place(group)
-        piece = call.keys(group, cuts, request, first_row)
-        begin_key = piece[0]
-        end_key = piece[1]
-        seen_end = piece[2]
-        before_queries = piece[3]
-        whole = piece[5]
-        is_first = piece[6]
-        mbarrier.wait(shared.query_free.index(0), group_phase ^ 1)
+        begin_key = call.begin(group, cuts)
         nope_rows = row_offsets(
             call, request, first_row, tile_rows, nope_stride_b, nope_stride_s, nope_stride_h
         )
@@ -234,6 +237,10 @@ def attend_left(
         )
         load_query(q_rope, rope_rows, 0, TAIL, shared.query_rope.index(0))
         commit_copies()
+        reach = call.page_row(request)[1]
+        end_key, seen_end, before_queries, whole = call.keys(
+            group, cuts, request, first_row, reach
+        )
         wait_copies(0)
         fence_async_shared()
         sync_threads()
@@ -296,7 +303,6 @@ def attend_left(
             mbarrier.arrive(shared.left_empty.index(1), count=1)
             phase = phase ^ 1
 
-        mbarrier.arrive(shared.query_free.index(0), count=1)
         mbarrier.wait(shared.right_sum_ready.index(0), group_phase)
         running_sum = running_sum + shared.vectors.index(RIGHT_SUM).load(BY_ROW)
         shared.vectors.index(SUM).store(running_sum)
@@ -304,10 +310,11 @@ def attend_left(
         group_phase = group_phase ^ 1
         empty = running_sum == 0.0
         total = gl.where(empty, 1.0, running_sum)
-        slot_row = partial_row(is_first)
+        slot_row = partial_row(begin_key == 0)
         store_half(
             call, rescaled(accumulator, 1.0 / total, HALVES), request, first_row, slot_row, whole,
-            out, partial_out, out_stride_b, out_stride_s, out_stride_h, 0, HALF, HALVES,
+            out, partial_out, shared.query_left.index(0),
+            out_stride_b, out_stride_s, out_stride_h, 0, HALF, HALVES,
         )  # fmt: skip
         lse_log2 = gl.where(empty, float("-inf"), running_max + gl.log2(total))
         s_q = call.tokens(request)[1]
@@ -337,19 +344,16 @@ def attend_right(
     end_group = cuts[2] + (cuts[3] > 0).to(gl.int32)
     for group in range(cuts[0], end_group):
         request, first_row = call.place(group)
-        piece = call.keys(group, cuts, request, first_row)
-        begin_key = piece[0]
-        end_key = piece[1]
-        seen_end = piece[2]
-        before_queries = piece[3]
-        whole = piece[5]
-        is_first = piece[6]
-        mbarrier.wait(shared.query_free.index(0), group_phase ^ 1)
+        begin_key = call.begin(group, cuts)
         nope_rows = row_offsets(
             call, request, first_row, tile_rows, nope_stride_b, nope_stride_s, nope_stride_h
         )
         load_query(q_nope, nope_rows, HALF, HALF, shared.query_right.index(0))
         commit_copies()
+        reach = call.page_row(request)[1]
+        end_key, seen_end, before_queries, whole = call.keys(
+            group, cuts, request, first_row, reach
+        )
         wait_copies(0)
         fence_async_shared()
         sync_threads()
@@ -413,7 +417,6 @@ def attend_right(
             mbarrier.arrive(shared.right_empty.index(1), count=1)
             phase = phase ^ 1
 
-        mbarrier.arrive(shared.query_free.index(0), count=1)
         shared.vectors.index(RIGHT_SUM).store(running_sum)
         mbarrier.arrive(shared.right_sum_ready.index(0), count=1)
         mbarrier.wait(shared.sum_ready.index(0), group_phase)
@@ -422,6 +425,6 @@ def attend_right(
         inverse = 1.0 / gl.where(total == 0.0, 1.0, total)
         store_half(
             call, rescaled(accumulator, inverse, HALVES), request, first_row,
-            partial_row(is_first), whole, out, partial_out,
-            out_stride_b, out_stride_s, out_stride_h, HALF, HALF, HALVES,
+            partial_row(begin_key == 0), whole, out, partial_out,
+            shared.query_right.index(0), out_stride_b, out_stride_s, out_stride_h, HALF, HALF, HALVES,
         )  # fmt: skip

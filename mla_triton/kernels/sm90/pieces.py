@@ -82,7 +82,10 @@ class Call:
             request = gl.minimum(gl.maximum(gl.load(entry), 0), self.batch - 1)
             return request, gl.load(entry + 1) * group_rows + lane * ROWS
         else:
-            return gl.minimum(group, self.batch - 1), lane * ROWS
+            # Zero, but not to the compiler: it would keep what follows from the rows in registers
+            # from one group to the next.
+            zero = group >> 30
+            return gl.minimum(group, self.batch - 1), lane * ROWS + zero
 
     @gluon.jit
     def tokens(self, request):
@@ -97,29 +100,30 @@ class Call:
             return request * 0, self.s_q
 
     @gluon.jit
-    def page_row(self, request, kv_len):
-        """(pointer to a request's first page id, its keys as far as the table reaches)."""
+    def page_row(self, request):
+        """(pointer to a request's first page id, keys that its part of the table reaches)."""
         if self.CSR:
             table = self.table_size.to(gl.int32)
             first = gl.minimum(gl.maximum(gl.load(self.indptr + request), 0), table)
             end = gl.minimum(gl.maximum(gl.load(self.indptr + request + 1), first), table)
             reach = (end - first).to(gl.int64) * self.PAGE_SIZE
-            return self.pages + first, gl.minimum(kv_len.to(gl.int64), reach).to(gl.int32)
+            return self.pages + first, gl.minimum(reach, self.max_kv_len.to(gl.int64)).to(gl.int32)
         else:
-            return self.pages + request.to(gl.int64) * self.table_size, kv_len
+            return self.pages + request.to(gl.int64) * self.table_size, self.max_kv_len
 
     @gluon.jit
-    def keys(self, group, cuts, request, first_row):
-        """(first key of a piece, end of the keys that any row sees, end of those that all rows see,
-        keys before the first query sees its own, page ids, whether the piece is the whole group,
-        whether it is the group's first)."""
-        first_group, first_tile, last_group, last_tile = cuts
+    def begin(self, group, cuts):
+        """First key of a piece."""
+        return gl.where(group == cuts[0], cuts[1], 0) * KEYS
+
+    @gluon.jit
+    def keys(self, group, cuts, request, first_row, reach):
+        """(end of the keys that any row of a piece sees, end of those that all rows see, keys
+        before the first query sees its own, whether the piece is the whole group)."""
         length = gl.maximum(gl.load(self.kv_lens + request), 0)
         tiles = gl.cdiv(gl.minimum(length, self.planned_kv_len), KEYS)
-        page_row, kv_len = self.page_row(request, gl.minimum(length, self.max_kv_len))
-        begin = gl.where(group == first_group, first_tile, 0)
-        end = gl.where(group == last_group, last_tile, tiles)
-        begin_key = begin * KEYS
+        kv_len = gl.minimum(length, reach)
+        end = gl.where(group == cuts[2], cuts[3], tiles)
         end_key = gl.minimum(end * KEYS, kv_len)
         _, s_q = self.tokens(request)
         before_queries = kv_len - s_q + 1
@@ -130,8 +134,25 @@ class Call:
             seen_end = gl.minimum(end_key, before_queries + first_row // self.heads)
         if self.RAGGED:
             end_key = gl.where(first_row < s_q * self.heads, end_key, 0)
-        whole = (begin == 0) & (end == tiles)
-        return begin_key, end_key, seen_end, before_queries, page_row, whole, begin == 0
+        whole = (self.begin(group, cuts) == 0) & (end == tiles)
+        return end_key, seen_end, before_queries, whole
+
+    @gluon.jit
+    def first_page(self, page_row, reach, key):
+        """Id of the page of a key, perhaps of one past the length: it is not waited for here.
+
+        A dense table is still the table there, and what page an id names does not matter.
+        """
+        last_page = (reach - 1) // self.PAGE_SIZE
+        return gl.load(
+            page_row + gl.minimum(key // self.PAGE_SIZE, last_page), mask=reach > 0, other=0
+        )
+
+    @gluon.jit
+    def page(self, page_row, key, end_key):
+        """Id of the page of a key, or of the last key before `end_key`."""
+        last_page = (end_key - 1) // self.PAGE_SIZE
+        return gl.load(page_row + gl.minimum(key // self.PAGE_SIZE, last_page))
 
 
 @gluon.jit
@@ -169,23 +190,38 @@ def clear_past(keys, valid, WIDTH: gl.constexpr):
 
 @gluon.jit
 def store_half(
-    call, accumulator, request, first_row, slot_row, whole, out, partial_out,
+    call, accumulator, request, first_row, slot_row, whole, out, partial_out, staging,
     stride_b, stride_s, stride_h, COLUMN: gl.constexpr, HALF: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Half of a tile's result, to `out` or to the partial results."""
-    tile_rows = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-    columns = COLUMN + gl.arange(0, HALF, gl.SliceLayout(0, LAYOUT))
+    """Half of a tile's result, to `out` or to the partial results.
+
+    Registers hold two columns of a row side by side: 8 bytes of a partial result, which are written
+    as they are, but only 4 of `out`, which goes through shared memory.
+    """
     _, s_q = call.tokens(request)
-    inside = gl.expand_dims(tile_rows < s_q * call.heads - first_row, 1)
+    rows = s_q * call.heads - first_row
     if whole:
-        rows = row_offsets(call, request, first_row, tile_rows, stride_b, stride_s, stride_h)
-        in_out = out + gl.expand_dims(rows, 1) + gl.expand_dims(columns, 0)
-        gl.store(in_out, accumulator.to(out.dtype.element_ty), mask=inside)
+        ACROSS: gl.constexpr = HALF // 8
+        LINES: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [4, 1], [1, 0])
+        staging.store(accumulator.to(out.dtype.element_ty))
+        sync_threads()
+        line = gl.arange(0, ROWS, gl.SliceLayout(1, LINES))
+        places = row_offsets(call, request, first_row, line, stride_b, stride_s, stride_h)
+        store_rows(staging.load(LINES), out + COLUMN, places, line < rows, HALF, LINES)
     else:
-        places = (slot_row + tile_rows).to(gl.int64) * (2 * HALF)
-        in_partial = partial_out + gl.expand_dims(places, 1) + gl.expand_dims(columns, 0)
-        gl.store(in_partial, accumulator, mask=inside)
+        tile_rows = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+        partial_places = (slot_row + tile_rows).to(gl.int64) * (2 * HALF)
+        inside = tile_rows < rows
+        store_rows(accumulator, partial_out + COLUMN, partial_places, inside, HALF, LAYOUT)
+
+
+@gluon.jit
+def store_rows(values, target, places, inside, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
+    """Rows of values to their places, those that are inside."""
+    columns = gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
+    addresses = target + gl.expand_dims(places, 1) + gl.expand_dims(columns, 0)
+    gl.store(addresses, values, mask=gl.expand_dims(inside, 1))
 
 
 @gluon.jit
