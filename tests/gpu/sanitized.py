@@ -38,7 +38,7 @@ HOPPER: tuple[dict[str, Any], ...] = (
     {"heads": 40, "dtype": torch.bfloat16, "latent": 256, "rope": 64},
     {"heads": 128, "dtype": torch.bfloat16, "s_q": 2},
     {"heads": 16, "dtype": torch.float16, "q_lens": (3, 1, 0, 33)},
-    {"heads": 20, "dtype": torch.bfloat16, "layout": "pair", "strided": True},
+    {"heads": 20, "dtype": torch.bfloat16, "layout": "pair", "strided": 16},
 )
 
 

@@ -1,4 +1,9 @@
-"""compute-sanitizer over every kernel: no access outside an allocation, no shared-memory race."""
+"""compute-sanitizer over every kernel: no access outside an allocation, no shared-memory race.
+
+Races are looked for in the portable kernels alone: racecheck does not know what an mbarrier orders,
+and reports every hand-over between the Hopper kernel's partitions, the ones that Triton itself makes
+to start them included. There, a race would show as bits that move: `test_equal_bits_run_to_run`.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +24,11 @@ TIME_LIMIT = 600
 
 
 @pytest.mark.skipif(SANITIZER is None, reason="compute-sanitizer is not installed")
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-@pytest.mark.parametrize("kernel", WAYS, ids=str)
+@pytest.mark.parametrize(
+    ("kernel", "tool"),
+    [(way, "memcheck") for way in WAYS] + [(WAYS[0], "racecheck")],
+    ids=str,
+)
 def test_sanitizer(kernel: Way, tool: str):
     if kernel.impl == "sm90" and devices.current().capability != (9, 0):
         pytest.skip("the Hopper kernel needs capability 9.0")
