@@ -101,7 +101,7 @@ def test_ragged_queries(way, heads, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["fused", "pair"])
-@pytest.mark.parametrize("strided", [True, 3])
+@pytest.mark.parametrize("strided", [True, 3, 16])
 def test_strides_and_buffers(way, strided, layout, dtype):
     inputs = decode_inputs(
         kv_lens=SKEWED, s_q=2, heads=20, layout=layout, strided=strided, dtype=dtype, device="cuda"

@@ -189,9 +189,7 @@ def attend_scores(
             load_query(q_rope, rope_rows, 0, TAIL, shared.weights.index(1))
         commit_copies()
         reach = call.page_row(request)[1]
-        end_key, seen_end, before_queries, whole = call.keys(
-            group, cuts, request, first_row, reach
-        )
+        end_key, seen_end, before_queries, whole = call.keys(group, cuts, request, first_row, reach)
         wait_copies(0)
         fence_async_shared()
         sync_threads()

@@ -17,8 +17,8 @@ products between its last use and its next.
 | right_empty | right | loader | the right half was used up |
 | weights_ready | left: 0, right: 1 | the other | a block's weights and running maximum are there |
 | query_ready | both | both | all of the queries are there |
-| right_sum_ready | right | left | the right one's sums are there, and it reads no queries any more |
-| sum_ready | left | right | the group's sums are there, and the left one reads no queries any more |
+| right_sum_ready | right | left | the right one's sums are there; it reads no queries any more |
+| sum_ready | left | right | the group's sums are there; the left one reads no queries |
 
 When both halves of a slot were used up, so were its rotary keys, and the weights in their place.
 
@@ -238,9 +238,7 @@ def attend_left(
         load_query(q_rope, rope_rows, 0, TAIL, shared.query_rope.index(0))
         commit_copies()
         reach = call.page_row(request)[1]
-        end_key, seen_end, before_queries, whole = call.keys(
-            group, cuts, request, first_row, reach
-        )
+        end_key, seen_end, before_queries, whole = call.keys(group, cuts, request, first_row, reach)
         wait_copies(0)
         fence_async_shared()
         sync_threads()
@@ -351,9 +349,7 @@ def attend_right(
         load_query(q_nope, nope_rows, HALF, HALF, shared.query_right.index(0))
         commit_copies()
         reach = call.page_row(request)[1]
-        end_key, seen_end, before_queries, whole = call.keys(
-            group, cuts, request, first_row, reach
-        )
+        end_key, seen_end, before_queries, whole = call.keys(group, cuts, request, first_row, reach)
         wait_copies(0)
         fence_async_shared()
         sync_threads()
@@ -425,6 +421,6 @@ def attend_right(
         inverse = 1.0 / gl.where(total == 0.0, 1.0, total)
         store_half(
             call, rescaled(accumulator, inverse, HALVES), request, first_row,
-            partial_row(begin_key == 0), whole, out, partial_out,
-            shared.query_right.index(0), out_stride_b, out_stride_s, out_stride_h, HALF, HALF, HALVES,
+            partial_row(begin_key == 0), whole, out, partial_out, shared.query_right.index(0),
+            out_stride_b, out_stride_s, out_stride_h, HALF, HALF, HALVES,
         )  # fmt: skip
