@@ -1,8 +1,8 @@
 """compute-sanitizer over every kernel: no access outside an allocation, no shared-memory race.
 
 Races are looked for in the portable kernels alone: racecheck does not know what an mbarrier orders,
-and reports every hand-over between the Hopper kernel's partitions, also those by which Triton itself
-starts them. There, a race would show as bits that move: `test_equal_bits_run_to_run`.
+and reports every hand-over between the Hopper kernel's partitions, even those that start them.
+There, a race would show as bits that move: `test_equal_bits_run_to_run`.
 """
 
 from __future__ import annotations
