@@ -35,8 +35,7 @@ PROBLEMS = {
     "narrow": compilation.problem(heads=128, dimensions=(256, 64, 256)),
 }
 FEW_BYTES = 64
-"""Of stack a thread: what the form of one block may spill, of which its key loop accesses one word
-at most. The form of two blocks spills nothing."""
+"""Of stack a thread: what the form of one block may spill. That of two blocks spills nothing."""
 
 
 def variant(problem: DecodeProblem, config: Config) -> Variant:
