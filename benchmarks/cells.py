@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,21 +16,29 @@ SOFTMAX_SCALE = 192**-0.5
 
 @dataclass(frozen=True)
 class Cell:
-    """Decode of `batch` requests of `kv_len` tokens each."""
+    """Decode of `batch` requests of `kv_len` tokens each, or of `kv_lens`, up to `kv_len`."""
 
     kv_len: int
     batch: int
     heads: int
     s_q: int = 1
+    kv_lens: tuple[int, ...] | None = None
 
     @property
     def name(self) -> str:
+        if self.kv_lens is not None:
+            return f"skewed-b{self.batch}-h{self.heads}"
         tail = f"-q{self.s_q}" if self.s_q > 1 else ""
         return f"s{self.kv_len}-b{self.batch}-h{self.heads}{tail}"
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """Cached tokens of each request."""
+        return self.kv_lens or (self.kv_len,) * self.batch
+
+    @property
     def cache_bytes(self) -> int:
-        return self.batch * self.kv_len * (LATENT + ROPE) * ELEMENT
+        return sum(self.lengths) * (LATENT + ROPE) * ELEMENT
 
     @property
     def bytes(self) -> int:
@@ -40,11 +49,19 @@ class Cell:
     @property
     def flops(self) -> int:
         """The masked keys of s_q > 1 are counted too, as the peers' figures do."""
-        return 2 * self.batch * self.s_q * self.heads * self.kv_len * (LATENT + ROPE + LATENT)
+        return 2 * sum(self.lengths) * self.s_q * self.heads * (LATENT + ROPE + LATENT)
 
     def floor(self, read_gbps: float, matmul_tflops: float) -> float:
         """Microseconds that no implementation can beat, given measured ceilings."""
         return max(self.bytes / (read_gbps * 1e3), self.flops / (matmul_tflops * 1e6))
+
+
+def skewed(batch: int = 64, shortest: int = 128, longest: int = 32768, seed: int = 7) -> Cell:
+    """Requests of 128 heads with log-uniform lengths; by default 277050 tokens in all."""
+    draw = random.Random(seed)
+    spread = longest / shortest
+    lengths = tuple(round(shortest * spread ** draw.random()) for _ in range(batch))
+    return Cell(max(lengths), batch, 128, kv_lens=lengths)
 
 
 def all_cells() -> list[Cell]:
@@ -55,7 +72,7 @@ def all_cells() -> list[Cell]:
         for heads in (16, 64, 128)
         if kv_len < 65536 or batch == 1
     ]
-    return [*cells, Cell(4096, 128, 128, s_q=2)]
+    return [*cells, Cell(4096, 128, 128, s_q=2), skewed()]
 
 
 def select(patterns: Sequence[str]) -> list[Cell]:

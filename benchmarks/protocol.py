@@ -32,7 +32,7 @@ class Inputs:
     caches: torch.Tensor
     """`[copies, pages, 64, 576]`: each call works on one copy, so that it finds it cold."""
     page_table: torch.Tensor
-    """`[batch, pages of a request]` int32, in random order; the same in every copy."""
+    """`[batch, pages of the longest request]` int32, in random order; the same in every copy."""
     kv_lens: torch.Tensor
     """`[batch]` int32."""
     softmax_scale: float = SOFTMAX_SCALE
@@ -50,20 +50,23 @@ class Inputs:
 
 def make_inputs(cell: Cell, device: torch.device, seed: int = 0) -> Inputs:
     generator = torch.Generator(device).manual_seed(seed)
-    pages_each = -(-cell.kv_len // PAGE_SIZE)
-    pages = cell.batch * pages_each
+    pages_each = torch.tensor([-(-length // PAGE_SIZE) for length in cell.lengths])
+    pages = int(pages_each.sum())
     copies = timing.cold_copies(cell.cache_bytes)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
 
     order = torch.randperm(pages, generator=generator, device=device).to(torch.int32)
+    is_used = torch.arange(int(pages_each.max())) < pages_each[:, None]
+    page_table = torch.zeros(is_used.shape, dtype=torch.int32, device=device)
+    page_table[is_used.to(device)] = order
     return Inputs(
         cell,
         q=normal(cell.batch, cell.s_q, cell.heads, LATENT + ROPE),
         caches=normal(copies, pages, PAGE_SIZE, LATENT + ROPE),
-        page_table=order.view(cell.batch, pages_each),
-        kv_lens=torch.full((cell.batch,), cell.kv_len, dtype=torch.int32, device=device),
+        page_table=page_table,
+        kv_lens=torch.tensor(cell.lengths, dtype=torch.int32, device=device),
     )
 
 
@@ -90,6 +93,12 @@ def _matmul_tflops(device: torch.device) -> float:
 
     a, b, out = operand(), operand(), operand()
     return 2 * MATMUL_SIZE**3 / timing.microseconds([lambda: torch.matmul(a, b, out=out)]) / 1e6
+
+
+def sustained_microseconds(calls: Sequence[Callable[[], object]], seconds: float) -> float:
+    """Mean time of one call where a GPU does nothing else for so long, at the clocks it then has."""
+    graph, count = timing.graph_of(calls, timing.glance_microseconds(calls))
+    return timing.replay_mean_microseconds(graph, seconds) / count
 
 
 def launches(call: Callable[[], object]) -> dict[str, Callable[[], None]]:

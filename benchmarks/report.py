@@ -31,7 +31,8 @@ every figure in it comes from one run of
 ```
 
 A cell `s4096-b16-h128` is one decode step of 16 requests with 4096 cached tokens each and 128
-heads; `-q2` stands for two query tokens a request, causal. `us` is attention and combine with the
+heads; `-q2` stands for two query tokens a request, causal; `skewed-b64-h128` for 64 requests with
+log-uniform lengths from 128 to 32768, 277050 tokens in all. `us` is attention and combine with the
 schedule made before and reused, as over the layers of a model; `+schedule` makes it in every call.
 `floor` is what the bytes and the arithmetic take at the ceilings measured in the same run. A shape
 whose check against the float64 oracle fails has no speed. Differences under 3 % in one run, and
@@ -68,6 +69,7 @@ def section(name: str, results: dict[str, Any]) -> str:
         f"Host time of an eager call, with plan and buffers given: {results['host_us']:.1f} us "
         f"(`Tensor.add_` in the same run: {results['host_add_us']:.1f} us).\n",
         markdown(results_file.table(results, results_file.measured_peers(results))),
+        *(f"\n{line}" for line in results_file.sustained(results)),
     ]
     if "H200" in head["gpu"]:
         lines.append(
@@ -88,7 +90,7 @@ def _targets(results: dict[str, Any]) -> str:
     if missed:
         rows = [["missed", "cell", "limit us", "got us", "by"]]
         for v in missed:
-            limit, got = results_file.number(v.limit), results_file.number(v.got)
+            limit, got = v.numbers
             rows.append([v.target, v.where, limit, got, v.text])
         lines.append(markdown(rows))
     return "\n\n".join(lines)

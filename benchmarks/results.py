@@ -142,6 +142,16 @@ def table(results: dict[str, Any], against: dict[str, dict[str, float]]) -> list
     return rows
 
 
+def sustained(results: dict[str, Any]) -> list[str]:
+    """A sentence for each cell that was also measured under a long load."""
+    return [
+        f"{cell['cell']} without a pause for 1.5 s: {cell['sustained_us']:.1f} us a call, "
+        f"{cell['sustained_tflops']:.0f} TFLOP/s."
+        for cell in results["cells"]
+        if "sustained_us" in cell
+    ]
+
+
 def measured_peers(results: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Baselines that ran in the same run, by cell; those that failed their check left out."""
     return {

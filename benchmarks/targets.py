@@ -9,21 +9,41 @@ differences under 3 % are noise. Exit code 1 where a target is missed or was not
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cells as cell_list
 import results as results_file
 
 COMBINE_LIMIT = 5.0
 SCHEDULE_LIMIT = 3.0
-HOST_LIMIT = 20.0
+HOST_LIMIT = 15.0
 BEST_PEER_SHARE = 0.95
 SGLANG_SHARE = 4.0
 ALONE = {"s1024-b1-h16": 7.5, "s4096-b1-h16": 9.0, "s16384-b1-h16": 16.0, "s65536-b1-h16": 36.0}
 """One request of 16 heads: below every rival with the portable kernel alone."""
+GEOMETRIC_MEAN = 1.20
+"""Of the best peer's time over ours, over all cells that peers were measured in."""
+HOPPER = {
+    "s16384-b1-h16": 13.0,
+    "s16384-b1-h64": 18.0,
+    "s16384-b1-h128": 22.0,
+    "s65536-b1-h16": 30.0,
+    "s65536-b1-h64": 34.0,
+    "s65536-b1-h128": 44.0,
+    "s4096-b16-h16": 26.0,
+    "s4096-b16-h64": 31.0,
+    "s4096-b16-h128": 40.0,
+    "skewed-b64-h128": 130.0,
+}
+TERABYTES = {"s16384-b128-h16": 4.4, "s16384-b128-h64": 4.4}
+TERAFLOPS = {"s16384-b128-h128": 680.0, "s4096-b128-h128-q2": 690.0}
+SUSTAINED_TERAFLOPS = {"s4096-b128-h128": 560.0}
+"""What the kernels for Hopper are to reach on an H200."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +52,17 @@ class Verdict:
     where: str
     limit: float
     got: float | None
-    """Microseconds, or None where nothing was measured."""
+    """Microseconds (a ratio where `where` is empty), or None where nothing was measured."""
 
     @property
     def met(self) -> bool:
         return self.got is not None and self.got <= self.limit
+
+    @property
+    def numbers(self) -> tuple[str, str]:
+        """(limit, got) as text."""
+        digits = 1 if self.where or self.limit > 2 else 2
+        return results_file.number(self.limit, digits), results_file.number(self.got, digits)
 
     @property
     def text(self) -> str:
@@ -70,6 +96,22 @@ def evaluate(results: dict[str, Any], peers: dict[str, dict[str, float]]) -> Ite
     for cell, limit in ALONE.items():
         yield Verdict("below every rival", cell, limit, got(cell))
     yield Verdict("host time of an eager call", "", HOST_LIMIT, results.get("host_us"))
+    for cell, us in table.items():
+        yield Verdict("the best peer", cell, min(us.values()), got(cell))
+    ratios = [(got(cell), min(us.values())) for cell, us in table.items()]
+    logs = [math.log(ours / best) for ours, best in ratios if ours is not None]
+    mean = math.exp(sum(logs) / len(logs)) if len(logs) == len(ratios) else None
+    yield Verdict("share of the best peer's time, mean", "", 1 / GEOMETRIC_MEAN, mean)
+    for cell, limit in HOPPER.items():
+        yield Verdict("Hopper", cell, limit, got(cell))
+    sizes = {cell.name: cell for cell in cell_list.all_cells()}
+    for cell, rate in TERABYTES.items():
+        yield Verdict(f"{rate} TB/s", cell, sizes[cell].bytes / rate / 1e6, got(cell))
+    for cell, rate in TERAFLOPS.items():
+        yield Verdict(f"{rate:.0f} TFLOP/s", cell, sizes[cell].flops / rate / 1e6, got(cell))
+    for cell, rate in SUSTAINED_TERAFLOPS.items():
+        limit = sizes[cell].flops / rate / 1e6
+        yield Verdict(f"{rate:.0f} TFLOP/s for 1.5 s", cell, limit, got(cell, "sustained_us"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for v in verdicts:
         if v.met and arguments.missed:
             continue
-        limit, got = results_file.number(v.limit), results_file.number(v.got)
+        limit, got = v.numbers
         rows.append([v.target, v.where, "pass" if v.met else "MISS", limit, got, v.text])
     print(results_file.columns(rows, right_from=3))
     met = sum(v.met for v in verdicts)

@@ -64,6 +64,20 @@ def replay_microseconds(
     return statistics.median(_replay_times(graph, min(max(wanted, MIN_REPLAYS), MAX_REPLAYS)))
 
 
+def replay_mean_microseconds(graph: torch.cuda.CUDAGraph, seconds: float) -> float:
+    """Mean time of a replay, over as many without a pause as take so long."""
+    (probe,) = _replay_times(graph, 1)
+    replays = max(1, round(seconds * 1e6 / max(probe, 1.0)))
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(replays):
+        graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) * 1e3 / replays
+
+
 def _replay_times(graph: torch.cuda.CUDAGraph, replays: int) -> list[float]:
     graph.replay()
     events = []

@@ -191,7 +191,8 @@ def test_variants_name_every_argument_in_order(module):
     problem = compilation.problem()
     geometry = portable.geometry(problem, CARD)
     if module is combine:
-        variant = combine.variant(problem, CARD)
+        merge = combine.heuristic(problem, geometry, CARD)
+        variant = combine.variant(problem, merge, CARD)
     else:
         config = portable.heuristic(problem, CARD)
         variant = portable.variant(problem, config, geometry, CARD)

@@ -192,7 +192,7 @@ def prepare_with(
         plan_key(problem, geometry),
         launcher(implementation.variant(problem, config, geometry, device), device, index),
         combine_config,
-        launcher(combine.variant(problem, device), device, index),
+        launcher(combine.variant(problem, combine_config, device), device, index),
     )
 
 

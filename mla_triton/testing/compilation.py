@@ -117,6 +117,8 @@ def cases() -> Iterator[Case]:
         for dimensions in DIMENSIONS[2::2]:
             yield Case(label, "combine", problem(dimensions=dimensions))
         yield Case(label, "combine", ragged)
+        for batch in (1, 4, 16):
+            yield Case(label, "combine", replace(plain, batch=batch, queries=batch))
         for batch in (64, 1000):
             yield Case(label, "schedule", replace(plain, batch=batch))
             yield Case(label, "schedule", replace(ragged, batch=batch))
@@ -173,8 +175,9 @@ def _compile(case: Case) -> Compiled:
         estimate = decode_config.shared_memory(config, seen, device, geometry.row_tile)
         compiled = portable.compile(case.problem, config, geometry, device)
     elif case.kernel == "combine":
-        text = "any number of pieces"
-        compiled = combine.compile(case.problem, device)
+        merge = combine.heuristic(case.problem, geometry, device)
+        text = f"{merge.pieces} pieces in a turn"
+        compiled = combine.compile(case.problem, merge, device)
     else:
         text = f"block of {schedule.block_of(case.problem.batch)} requests"
         batch, ragged = case.problem.batch, case.problem.ragged

@@ -32,9 +32,9 @@ from mla_triton.tuning.workers import Compiled, Job
 
 SIZES = (
     "VALUE", "HALF", "TAIL", "PAGE_SIZE", "KV_TILE", "ROW_TILE", "BLOCK_N", "BLOCKS", "BLOCK_B",
-    "NOPE_STEP", "ROPE_STEP", "OUT_STEP",
+    "NOPE_STEP", "ROPE_STEP", "OUT_STEP", "PIECES",
 )  # fmt: skip
-SWITCHES = ("FUSED", "CSR", "RAGGED", "CAUSAL", "FULL_TILES")
+SWITCHES = ("FUSED", "CSR", "RAGGED", "CAUSAL", "FULL_TILES", "ALONE")
 """Constants that kernels of one deployment differ in."""
 
 
@@ -188,7 +188,8 @@ def _variants(
 ) -> Iterator[Variant]:
     seen = set()
     for batch in batches:
-        for implementation, geometry in _ways(resized(form, batch, lengths[-1]), device):
+        longest = resized(form, batch, lengths[-1])
+        for implementation, geometry in _ways(longest, device):
             yield schedule.variant(batch, form.ragged, geometry.kv_tile, device)
             for length in lengths:
                 problem = resized(form, batch, length)
@@ -198,7 +199,7 @@ def _variants(
                 if choice not in seen:
                     seen.add(choice)
                     yield implementation.variant(problem, config, geometry, device)
-                    yield combine.variant(problem, device)
+            yield combine.variant(longest, combine.heuristic(longest, geometry, device), device)
 
 
 def _ways(problem: DecodeProblem, device: Device) -> Iterator[tuple[ModuleType, Geometry]]:

@@ -4,9 +4,14 @@ What: for every row of a group that fell into several parts, out = sum of exp(ls
 Where: every GPU. Work: a part holds pieces of at most two split groups, the one it continues and
 the one it begins, and merges a share of each: one of as many shares of its rows as the group has
 pieces, so that the work is even however skewed the lengths are. A part without such a piece costs
-one load. A unit of a share is some columns of a row, with several pieces in one load; how many of
-each follows from the number of pieces, found on the device. Budget: `ELEMENTS` float32 registers
-over the program's threads.
+one load. A batch of one request has one group, and all programs share it. A unit of a share is some
+columns of some rows, with several pieces loaded before the first is looked at; how many is chosen
+by how many parts a request has on average, and a group of more pieces takes several turns. Budget:
+`ELEMENTS` float32 registers over the program's threads.
+
+What a short problem waits for is not bytes but the way to them. So a program goes through its
+instructions once before decode has ended, with nothing to load or store: they are in the SM's
+cache when the results are there.
 """
 
 from __future__ import annotations
@@ -27,15 +32,19 @@ from mla_triton.kernels.common.tiles import LN_2, LOWEST, finish_softmax, narrow
 from mla_triton.plan import Geometry
 from mla_triton.problem import DecodeProblem
 
-ELEMENTS = tl.constexpr(2048)
-"""Partial results of one load of a program: 16 registers a thread."""
+ELEMENTS = tl.constexpr(4096)
+"""Partial results of one turn of a program: 32 registers a thread."""
+TURNS = tl.constexpr(8)
+"""Loads in flight of a thread; those past it are of pieces abreast, in other threads."""
 NUM_WARPS = 4
-PROGRAMS_PER_SM = 8
-"""As many as 64 registers a thread allow: what hides the latency of a unit is other units."""
-LEVELS = tl.constexpr(6)
-"""A unit takes 2, 4, 16, 32, 64 or 128 pieces in one load; the more, the fewer columns. Up to 4 are
-added up within a thread, so 8 pieces are taken in two turns of 4. More than 128 take several turns,
-too."""
+MAX_REGISTERS = 128
+PROGRAMS_PER_SM = 4
+"""As many as that many registers a thread allow."""
+MOST_PIECES = 128
+"""Pieces of a turn at most: less than 32 columns of each would be short reads."""
+FEWER_PIECES = 16
+"""Pieces of a turn for a group that has so few where most have more, or more where most have less
+than so many."""
 
 ARGUMENTS = (
     ("schedule", "*i32"),
@@ -62,39 +71,61 @@ ALIGNED = frozenset({"partial_out", "out", "out_stride_b", "out_stride_s", "out_
 
 @dataclass(frozen=True)
 class Config:
-    """How many programs share a part's merging."""
+    """How the merging is shared."""
 
     programs: int
+    """Programs to a part, or in all where the batch is one request."""
+    pieces: int
+    """Pieces of a turn: what a group has on average."""
+    other_pieces: int
+    """The same for groups that have far fewer, or, where that is the larger number, more."""
 
 
 @triton.jit
-def merge_row(
-    partial_out, partial_lse, first_part, splits, parts, group_rows, tile_row, columns,
-    VALUE: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
+def merge_rows(
+    partial_out, partial_lse, first_part, splits, group_rows, tile_rows, columns, inside,
+    VALUE: tl.constexpr, TURNS: tl.constexpr, ABREAST: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """(out `[1, COLUMNS]`, lse in base 2 `[1]`) of some columns of row `tile_row` of a group."""
-    running_max = tl.full([1], LOWEST, tl.float32)
-    running_sum = tl.zeros([1], tl.float32)
-    accumulator = tl.zeros([1, COLUMNS], tl.float32)
-    for start in range(0, splits, SPLITS):
-        split = start + tl.arange(0, SPLITS)
-        part = first_part + split
-        inside = (split < splits) & (part >= 0) & (part < parts)
+    """(out `[ROWS, COLUMNS]`, lse in base 2 `[ROWS]`) of some columns of rows of a group.
+
+    `ABREAST` pieces are loaded side by side, `TURNS` times, all before the first is looked at.
+    """
+    running_max = tl.full([ROWS], LOWEST, tl.float32)
+    running_sum = tl.zeros([ROWS], tl.float32)
+    accumulator = tl.zeros([ROWS, COLUMNS], tl.float32)
+    stride = group_rows.to(tl.int64) * (2 * ABREAST)
+    for start in range(0, splits, TURNS * ABREAST):
         # The first piece of a group ends its part (second slot); later pieces begin theirs.
-        slot = 2 * part + (split == 0).to(tl.int32)
-        partial = slot.to(tl.int64) * group_rows + tile_row
-        piece_lse = tl.load(partial_lse + partial, mask=inside, other=float("-inf"))
-        piece_out = tl.load(
-            partial_out + partial[:, None] * VALUE + columns[None, :],
-            mask=inside[:, None],
-            other=0.0,
-        )
-        new_max = tl.maximum(running_max, tl.max(piece_lse, 0, keep_dims=True))
+        piece = start + tl.arange(0, ABREAST)
+        slot = (2 * (first_part + piece)).to(tl.int64)[:, None] * group_rows + tile_rows[None, :]
+        first = slot + tl.where(piece == 0, group_rows, 0)[:, None]
+        lses = ()
+        outs = ()
+        for turn in tl.static_range(TURNS):
+            rows = first if turn == 0 else slot + turn * stride
+            wanted = (piece + turn * ABREAST < splits)[:, None] & inside[None, :]
+            lses += (tl.load(partial_lse + rows, mask=wanted, other=float("-inf")),)
+            outs += (
+                tl.load(
+                    partial_out + rows[:, :, None] * VALUE + columns[None, None, :],
+                    mask=wanted[:, :, None],
+                    other=0.0,
+                ),
+            )
+        highest = lses[0]
+        for turn in tl.static_range(1, TURNS):
+            highest = tl.maximum(highest, lses[turn])
+        new_max = tl.maximum(running_max, tl.max(highest, 0))
         rescale = tl.exp2(running_max - new_max)
-        weights = tl.exp2(piece_lse - new_max)
-        running_sum = running_sum * rescale + tl.sum(weights, 0, keep_dims=True)
-        merged = tl.sum(weights[:, None] * piece_out, 0, keep_dims=True)
-        accumulator = accumulator * rescale[:, None] + merged
+        total = tl.zeros([ABREAST, ROWS], tl.float32)
+        merged = tl.zeros([ABREAST, ROWS, COLUMNS], tl.float32)
+        for turn in tl.static_range(TURNS):
+            weight = tl.exp2(lses[turn] - new_max[None, :])
+            total += weight
+            merged += weight[:, :, None] * outs[turn]
+        running_sum = running_sum * rescale + tl.sum(total, 0)
+        accumulator = accumulator * rescale[:, None] + tl.sum(merged, 0)
         running_max = new_max
     return finish_softmax(accumulator, running_max, running_sum)
 
@@ -104,37 +135,46 @@ def merge_share(
     cu_seqlens_q, partial_out, partial_lse, out, lse,
     out_stride_b, out_stride_s, out_stride_h, lse_stride_b, lse_stride_s, lse_stride_h,
     request, index, splits, first_part, share, shares, s_q, queries, heads, parts, group_rows,
+    rehearsals,
     VALUE: tl.constexpr, RAGGED: tl.constexpr, OUT_STEP: tl.constexpr, LSE_STEP: tl.constexpr,
-    EMULATE_BF16: tl.constexpr, LEVEL: tl.constexpr,
+    EMULATE_BF16: tl.constexpr, PROGRAMMATIC: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Merges every `shares`-th unit of a group, from unit `share` on: some columns of a row."""
-    SPLITS: tl.constexpr = 2 ** (LEVEL + 1 + (LEVEL > 1))
-    COLUMNS: tl.constexpr = VALUE if VALUE * SPLITS < ELEMENTS else ELEMENTS // SPLITS
-    UNITS: tl.constexpr = VALUE // COLUMNS
+    """Merges every `shares`-th unit of a group, from unit `share` on: columns of some rows.
+
+    With `rehearsals` of 1 the first turn does nothing, and then waits for decode.
+    """
+    IN_FLIGHT: tl.constexpr = TURNS if PIECES > TURNS else PIECES
+    ABREAST: tl.constexpr = PIECES // IN_FLIGHT
+    COLUMNS: tl.constexpr = VALUE if VALUE * PIECES < ELEMENTS else ELEMENTS // PIECES
+    ROWS: tl.constexpr = ELEMENTS // (PIECES * COLUMNS)
+    ACROSS: tl.constexpr = VALUE // COLUMNS
     first_token, request_s_q = request_queries(cu_seqlens_q, request, s_q, queries, RAGGED)
     first_row = index * group_rows
     rows = tl.minimum(tl.maximum(request_s_q * heads - first_row, 0), group_rows)
-    for unit in range(share, rows * UNITS, shares):
-        tile_row = unit // UNITS
-        first_column = (unit - tile_row * UNITS) * COLUMNS
+    units = tl.cdiv(rows, ROWS) * ACROSS
+    for unit in range(share - rehearsals * shares, units, shares):
+        tile_rows = unit // ACROSS * ROWS + tl.arange(0, ROWS)
+        inside = (unit >= 0) & (tile_rows < rows)
+        first_column = unit % ACROSS * COLUMNS
         columns = first_column + tl.arange(0, COLUMNS)
-        merged, merged_lse = merge_row(
-            partial_out, partial_lse, first_part, splits, parts, group_rows, tile_row, columns,
-            VALUE, SPLITS, COLUMNS,
+        merged, merged_lse = merge_rows(
+            partial_out, partial_lse, first_part, splits, group_rows, tile_rows, columns, inside,
+            VALUE, IN_FLIGHT, ABREAST, ROWS, COLUMNS,
         )  # fmt: skip
-        tile_rows = tile_row + tl.arange(0, 1)
         out_rows = row_pointers(
             out, request, first_token, first_row, tile_rows, heads,
             out_stride_b, out_stride_s, out_stride_h, OUT_STEP,
         )  # fmt: skip
         result = narrow(merged, out.dtype.element_ty, EMULATE_BF16)
-        tl.store(out_rows[:, None] + columns[None, :], result)
-        if first_column == 0:
-            lse_rows = row_pointers(
-                lse, request, first_token, first_row, tile_rows, heads,
-                lse_stride_b, lse_stride_s, lse_stride_h, LSE_STEP,
-            )  # fmt: skip
-            tl.store(lse_rows, merged_lse * LN_2)
+        tl.store(out_rows[:, None] + columns[None, :], result, mask=inside[:, None])
+        lse_rows = row_pointers(
+            lse, request, first_token, first_row, tile_rows, heads,
+            lse_stride_b, lse_stride_s, lse_stride_h, LSE_STEP,
+        )  # fmt: skip
+        tl.store(lse_rows, merged_lse * LN_2, mask=inside & (first_column == 0))
+        if PROGRAMMATIC:
+            if unit < 0:
+                gdc_wait()
 
 
 @triton.jit
@@ -153,62 +193,99 @@ def combine_kernel(
     out_stride_b, out_stride_s, out_stride_h, lse_stride_b, lse_stride_s, lse_stride_h,
     batch, s_q, queries, heads, parts, group_rows,
     VALUE: tl.constexpr, RAGGED: tl.constexpr, OUT_STEP: tl.constexpr, LSE_STEP: tl.constexpr,
-    EMULATE_BF16: tl.constexpr, PROGRAMMATIC: tl.constexpr,
+    EMULATE_BF16: tl.constexpr, PROGRAMMATIC: tl.constexpr, PIECES: tl.constexpr,
+    OTHER_PIECES: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     part = tl.program_id(1)
-    cuts = schedule + HEADER + CUT * part
-    first_group = tl.load(cuts)
-    first_tile = tl.load(cuts + 1)
-    last_group = tl.load(cuts + 2)
-    last_tile = tl.load(cuts + 3)
-    is_continued = first_tile > 0
-    is_begun = (last_tile > 0) & ((last_group > first_group) | (first_tile == 0))
-    continued = group_row(schedule, parts, first_group, is_continued)
-    begun = group_row(schedule, parts, last_group, is_begun)
+    if ALONE:
+        begun = group_row(schedule, parts, 0, True)
+        continued = begun
+    else:
+        cuts = schedule + HEADER + CUT * part
+        first_group = tl.load(cuts)
+        first_tile = tl.load(cuts + 1)
+        last_group = tl.load(cuts + 2)
+        last_tile = tl.load(cuts + 3)
+        is_continued = first_tile > 0
+        is_begun = (last_tile > 0) & ((last_group > first_group) | (first_tile == 0))
+        continued = group_row(schedule, parts, first_group, is_continued)
+        begun = group_row(schedule, parts, last_group, is_begun)
     # The schedule was there before decode let this kernel begin; the partial results are there
-    # after the wait. Every program waits, also one without work: its end stands for decode's.
+    # after the wait.
+    rehearsals = 0
     if PROGRAMMATIC:
         gdc_launch_dependents()
-        gdc_wait()
-    for which in range(2):
-        splits = tl.where(which == 0, continued[2], begun[2])
+        rehearsals = 1
+    for which in range(1 if ALONE else 2):
+        splits = tl.where(which == 0, begun[2], continued[2])
         if splits > 1:
-            request = tl.where(which == 0, continued[0], begun[0])
+            request = tl.where(which == 0, begun[0], continued[0])
             request = tl.minimum(tl.maximum(request, 0), batch - 1)
-            index = tl.where(which == 0, continued[1], begun[1])
-            first_part = tl.where(which == 0, continued[3], begun[3])
-            share = (part - first_part) * programs + program
-            shares = splits * programs
-            for level in tl.static_range(LEVELS):
-                is_above = splits > 2 ** (level + (level > 1))
-                is_within = (splits <= 2 ** (level + 1 + (level > 0))) | (level == LEVELS - 1)
-                if is_above & is_within:
-                    merge_share(
-                        cu_seqlens_q, partial_out, partial_lse, out, lse,
-                        out_stride_b, out_stride_s, out_stride_h,
-                        lse_stride_b, lse_stride_s, lse_stride_h,
-                        request, index, splits, first_part, share, shares, s_q, queries, heads,
-                        parts, group_rows, VALUE, RAGGED, OUT_STEP, LSE_STEP, EMULATE_BF16,
-                        level,
-                    )  # fmt: skip
+            index = tl.where(which == 0, begun[1], continued[1])
+            first_part = tl.where(which == 0, begun[3], continued[3])
+            first_part = tl.minimum(tl.maximum(first_part, 0), parts - 1)
+            share = program if ALONE else (part - first_part) * programs + program
+            shares = programs if ALONE else splits * programs
+            splits = tl.minimum(splits, parts - first_part)
+            is_usual = splits <= PIECES if PIECES < OTHER_PIECES else splits > OTHER_PIECES
+            if is_usual:
+                merge_share(
+                    cu_seqlens_q, partial_out, partial_lse, out, lse,
+                    out_stride_b, out_stride_s, out_stride_h,
+                    lse_stride_b, lse_stride_s, lse_stride_h,
+                    request, index, splits, first_part, share, shares, s_q, queries, heads,
+                    parts, group_rows, rehearsals,
+                    VALUE, RAGGED, OUT_STEP, LSE_STEP, EMULATE_BF16, PROGRAMMATIC, PIECES,
+                )  # fmt: skip
+            else:
+                merge_share(
+                    cu_seqlens_q, partial_out, partial_lse, out, lse,
+                    out_stride_b, out_stride_s, out_stride_h,
+                    lse_stride_b, lse_stride_s, lse_stride_h,
+                    request, index, splits, first_part, share, shares, s_q, queries, heads,
+                    parts, group_rows, rehearsals,
+                    VALUE, RAGGED, OUT_STEP, LSE_STEP, EMULATE_BF16, PROGRAMMATIC, OTHER_PIECES,
+                )  # fmt: skip
+            rehearsals = 0
+    # What waits for this kernel waits for decode, too: one program sees to that, whatever there is
+    # to merge. Others without work leave their SM to the next kernel.
+    if PROGRAMMATIC:
+        if (program == 0) & (part == 0):
+            gdc_wait()
 
 
 def heuristic(problem: DecodeProblem, geometry: Geometry, device: Device) -> Config:
-    """Programs that run together, but no more than there are units in a part's share."""
+    """Programs that run together, but no more than a part's share has units."""
+    alone = is_alone(problem)
+    together = max(1, PROGRAMS_PER_SM * device.sm_count // (1 if alone else geometry.parts))
     rows = geometry.group_rows if problem.ragged else min(geometry.group_rows, problem.rows)
     units = max(1, rows * problem.value_dim // ELEMENTS.value)
-    return Config(min(units, max(1, PROGRAMS_PER_SM * device.sm_count // geometry.parts)))
+    average = geometry.parts // max(1, problem.batch)
+    # A sixteenth more than a power of two is not worth the next one.
+    pieces = min(max(2, power_of_two(average - average // 16)), MOST_PIECES)
+    if alone and units * pieces > together:
+        pieces = min(pieces, MOST_PIECES // 2)
+    if pieces == MOST_PIECES:
+        other_pieces = pieces // 2
+    else:
+        other_pieces = FEWER_PIECES if pieces != FEWER_PIECES else FEWER_PIECES // 4
+    # Programs without a unit see to it that those with one are spread over all SMs.
+    return Config(together if alone else min(units, together), pieces, other_pieces)
 
 
-def max_registers(problem: DecodeProblem, device: Device) -> int:
-    """Registers of a thread: for eight programs an SM, or what it takes not to spill in a loop."""
-    is_desktop_blackwell = device.has_tma and not (device.has_wgmma or device.has_tcgen05)
-    return 80 if problem.value_dim < 512 or is_desktop_blackwell else 64
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is not below a number."""
+    return 1 << max(0, number - 1).bit_length()
 
 
-def variant(problem: DecodeProblem, device: Device) -> Variant:
+def is_alone(problem: DecodeProblem) -> bool:
+    """Whether a problem is one group, whatever its lengths are."""
+    return problem.batch == 1 and not problem.ragged
+
+
+def variant(problem: DecodeProblem, config: Config, device: Device) -> Variant:
     return Variant(
         combine_kernel,
         tuple(
@@ -222,17 +299,20 @@ def variant(problem: DecodeProblem, device: Device) -> Variant:
             ("LSE_STEP", problem.row_steps.lse),
             ("EMULATE_BF16", emulates_bf16(problem.dtype, device)),
             ("PROGRAMMATIC", device.has_programmatic_launch),
+            ("PIECES", config.pieces),
+            ("OTHER_PIECES", config.other_pieces),
+            ("ALONE", is_alone(problem)),
         ),
         ALIGNED if problem.aligned else frozenset({"partial_out"}),
         NUM_WARPS,
         programmatic=device.has_programmatic_launch,
-        max_registers=max_registers(problem, device),
+        max_registers=MAX_REGISTERS,
     )
 
 
-def compile(problem: DecodeProblem, device: Device) -> Any:
+def compile(problem: DecodeProblem, config: Config, device: Device) -> Any:
     """Machine code for `device`; launches nothing and needs no GPU."""
-    return variant(problem, device).compile(device)
+    return variant(problem, config, device).compile(device)
 
 
 def launch(
@@ -243,7 +323,7 @@ def launch(
     tensors: DecodeTensors,
 ) -> None:
     launcher(
-        (config.programs, geometry.parts, 1),
+        (config.programs, 1 if is_alone(problem) else geometry.parts, 1),
         [
             tensors.schedule,
             tensors.cu_seqlens_q,

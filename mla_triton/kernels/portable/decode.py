@@ -391,6 +391,7 @@ def decode_kernel(
                 + (tile_rows[:, None] * VALUE + value_columns[None, :]),
                 result,
                 mask=row_inside[:, None],
+                eviction_policy="evict_last",
             )
             tl.store(partial_lse + first_partial + tile_rows, lse_log2, mask=row_inside)
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from mla_triton.device import Device
 from mla_triton.kernels.common.launch import TYPE_NAMES, Launch, Variant, View
@@ -148,8 +148,6 @@ def decode_kernel(
     left = gl.allocate_shared_memory(dtype, [2, KEYS, HALF], LAYOUT)
     right = gl.allocate_shared_memory(dtype, [2, KEYS, HALF], LAYOUT)
     rope = gl.allocate_shared_memory(dtype, [2, KEYS, TAIL], LAYOUT)
-    # Memory and barriers are this kernel's own; what follows reads what the one before it wrote.
-    gdc_wait()
     if BLOCKS == 2:
         shared = _pairs(
             query_left, query_right, gl.allocate_shared_memory(dtype, [1, ROWS, TAIL], LAYOUT),

@@ -2,6 +2,8 @@
 
 # No `from __future__ import annotations`: an aggregate reads the types of its fields.
 
+from triton.language.extra.cuda import gdc_wait
+
 from mla_triton.kernels.common.schedule import CUT, GROUP, HEADER
 from mla_triton.kernels.sm90.decode_config import BLOCK, ROW_TILE
 from mla_triton.kernels.sm90.gluon import (
@@ -68,7 +70,11 @@ class Call:
 
     @gluon.jit
     def groups(self):
-        """(first group of this program's part, tile it begins at, last group, tile it ends at)."""
+        """(first group of this program's part, tile it begins at, last group, tile it ends at).
+
+        The first thing that is read of what the kernel before this one may have written.
+        """
+        gdc_wait()
         cuts = self.schedule + HEADER + CUT * gl.program_id(1)
         return gl.load(cuts), gl.load(cuts + 1), gl.load(cuts + 2), gl.load(cuts + 3)
 
@@ -188,6 +194,19 @@ def clear_past(keys, valid, WIDTH: gl.constexpr):
     sync_threads()
 
 
+@gluon.constexpr_function
+def wide_layout(columns):
+    """wgmma's layout of 64 rows, but for four columns side by side in a thread instead of two:
+    the four threads of a row write 64 bytes of it at once."""
+    registers = [[0, 1], [0, 2], [8, 0]]
+    column = 16
+    while column < columns:
+        registers.append([0, column])
+        column *= 2
+    lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [ROWS.value, columns])
+
+
 @gluon.jit
 def store_half(
     call, accumulator, request, first_row, slot_row, whole, out, partial_out, staging,
@@ -196,8 +215,8 @@ def store_half(
 ):  # fmt: skip
     """Half of a tile's result, to `out` or to the partial results.
 
-    Registers hold two columns of a row side by side: 8 bytes of a partial result, which are written
-    as they are, but only 4 of `out`, which goes through shared memory.
+    Registers hold two columns of a row side by side: 8 bytes of a partial result, of which
+    neighbouring threads make 16, but only 4 of `out`, which goes through shared memory.
     """
     _, s_q = call.tokens(request)
     rows = s_q * call.heads - first_row
@@ -208,20 +227,27 @@ def store_half(
         sync_threads()
         line = gl.arange(0, ROWS, gl.SliceLayout(1, LINES))
         places = row_offsets(call, request, first_row, line, stride_b, stride_s, stride_h)
-        store_rows(staging.load(LINES), out + COLUMN, places, line < rows, HALF, LINES)
+        store_rows(staging.load(LINES), out + COLUMN, places, line < rows, HALF, LINES, "")
     else:
-        tile_rows = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+        PIECES: gl.constexpr = wide_layout(HALF)
+        tile_rows = gl.arange(0, ROWS, gl.SliceLayout(1, PIECES))
         partial_places = (slot_row + tile_rows).to(gl.int64) * (2 * HALF)
-        inside = tile_rows < rows
-        store_rows(accumulator, partial_out + COLUMN, partial_places, inside, HALF, LAYOUT)
+        values = gl.convert_layout(accumulator, PIECES)
+        store_rows(
+            values, partial_out + COLUMN, partial_places, tile_rows < rows, HALF, PIECES,
+            "evict_last",
+        )  # fmt: skip
 
 
 @gluon.jit
-def store_rows(values, target, places, inside, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
+def store_rows(
+    values, target, places, inside, WIDTH: gl.constexpr, LAYOUT: gl.constexpr,
+    POLICY: gl.constexpr,
+):  # fmt: skip
     """Rows of values to their places, those that are inside."""
     columns = gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
     addresses = target + gl.expand_dims(places, 1) + gl.expand_dims(columns, 0)
-    gl.store(addresses, values, mask=gl.expand_dims(inside, 1))
+    gl.store(addresses, values, mask=gl.expand_dims(inside, 1), eviction_policy=POLICY)
 
 
 @gluon.jit
