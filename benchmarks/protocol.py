@@ -96,7 +96,7 @@ def _matmul_tflops(device: torch.device) -> float:
 
 
 def sustained_microseconds(calls: Sequence[Callable[[], object]], seconds: float) -> float:
-    """Mean time of one call where a GPU does nothing else for so long, at the clocks it then has."""
+    """Mean time of one call under a load that goes on for so long, at the clocks of then."""
     graph, count = timing.graph_of(calls, timing.glance_microseconds(calls))
     return timing.replay_mean_microseconds(graph, seconds) / count
 

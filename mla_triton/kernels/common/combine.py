@@ -105,15 +105,15 @@ def merge_rows(
         for turn in tl.static_range(TURNS):
             rows = first if turn == 0 else slot + turn * stride
             wanted = (piece + turn * ABREAST < splits)[:, None] & inside[None, :]
-            lses += (tl.load(partial_lse + rows, mask=wanted, other=float("-inf")),)
-            outs += (
+            lses += (tl.load(partial_lse + rows, mask=wanted, other=float("-inf")),)  # type: ignore
+            outs += (  # type: ignore
                 tl.load(
                     partial_out + rows[:, :, None] * VALUE + columns[None, None, :],
                     mask=wanted[:, :, None],
                     other=0.0,
                 ),
             )
-        highest = lses[0]
+        highest = lses[0]  # type: ignore
         for turn in tl.static_range(1, TURNS):
             highest = tl.maximum(highest, lses[turn])
         new_max = tl.maximum(running_max, tl.max(highest, 0))
@@ -172,7 +172,7 @@ def merge_share(
             lse_stride_b, lse_stride_s, lse_stride_h, LSE_STEP,
         )  # fmt: skip
         tl.store(lse_rows, merged_lse * LN_2, mask=inside & (first_column == 0))
-        if PROGRAMMATIC:
+        if PROGRAMMATIC:  # noqa: SIM102, which would make a value of a constant
             if unit < 0:
                 gdc_wait()
 
@@ -251,7 +251,7 @@ def combine_kernel(
             rehearsals = 0
     # What waits for this kernel waits for decode, too: one program sees to that, whatever there is
     # to merge. Others without work leave their SM to the next kernel.
-    if PROGRAMMATIC:
+    if PROGRAMMATIC:  # noqa: SIM102
         if (program == 0) & (part == 0):
             gdc_wait()
 

@@ -204,7 +204,9 @@ def wide_layout(columns):
         registers.append([0, column])
         column *= 2
     lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [ROWS.value, columns])
+    return gl.DistributedLinearLayout(
+        registers, lanes, [[16, 0], [32, 0]], [], [ROWS.value, columns]
+    )
 
 
 @gluon.jit
