@@ -153,6 +153,8 @@ def merge_share(
     rows = tl.minimum(tl.maximum(request_s_q * heads - first_row, 0), group_rows)
     units = tl.cdiv(rows, ROWS) * ACROSS
     for unit in range(share - rehearsals * shares, units, shares):
+        # The interpreter counts in numbers of Python, which know no remainder by a constant.
+        unit = tl.core.to_tensor(unit)
         tile_rows = unit // ACROSS * ROWS + tl.arange(0, ROWS)
         inside = (unit >= 0) & (tile_rows < rows)
         first_column = unit % ACROSS * COLUMNS
