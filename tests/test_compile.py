@@ -52,6 +52,15 @@ def test_the_key_loop_does_not_spill(compiled):
     assert not spilling
 
 
+def test_the_merge_cannot_begin_before_the_schedule_is_there(compiled):
+    """It reads the schedule before it waits for decode, and so decode lets it begin only after the
+    schedule's end; whatever comes behind a merge waits for it."""
+    for row in compiled:
+        programmatic = devices.from_label(row.case.label).has_programmatic_launch
+        begins_early = programmatic and row.case.kernel == "combine"
+        assert row.resources.waits_first is not begins_early, describe(row)
+
+
 def test_matrix_instructions_are_those_of_the_card(compiled):
     for row in compiled:
         if not row.case.is_decode:
@@ -129,3 +138,11 @@ HMMA.16816 R8 ;
     )
     assert loops == [text[2:5], text[10:13]]
     assert resources._most_spilling(loops, "LDL", ";") == (1, 2), "the worst of them is told"
+
+
+def test_the_order_of_wait_and_signal_is_read_from_ptx():
+    wait, signal = "\tgriddepcontrol.wait;\n", "\tgriddepcontrol.launch_dependents;\n"
+    for right in ("", wait, wait + signal, (wait + signal) * 3):
+        assert resources.waits_first(right)
+    for wrong in (signal, signal + wait, wait + signal + signal):
+        assert not resources.waits_first(wrong)

@@ -27,6 +27,9 @@ class Resources:
     """Instructions of that loop."""
     instructions: frozenset[str]
     """Families of matrix instructions found: mma.sync, wgmma, tcgen05, mfma, fma."""
+    waits_first: bool = True
+    """Whether the kernel waits for the one before it before it lets the one behind it begin, where
+    it does either: what that one reads without waiting is there then."""
 
 
 def read(compiled: Any) -> Resources:
@@ -107,7 +110,15 @@ def _nvidia(compiled: Any) -> Resources:
         loop_spills=spills,
         loop_instructions=instructions,
         instructions=found or frozenset({"fma"}),
+        waits_first=waits_first(ptx),
     )
+
+
+def waits_first(ptx: str) -> bool:
+    """`Resources.waits_first`, from PTX: every signal has a wait right before it."""
+    steps = re.findall(r"griddepcontrol\.(wait|launch_dependents)", ptx)
+    pairs = zip(["", *steps], steps, strict=False)
+    return all(before == "wait" for before, step in pairs if step == "launch_dependents")
 
 
 def _amd(compiled: Any) -> Resources:

@@ -18,7 +18,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from mla_triton.device import Device
 from mla_triton.kernels.common.launch import TYPE_NAMES, Launch, Variant, View
@@ -135,7 +134,6 @@ def decode_kernel(
     HALF: gl.constexpr, TAIL: gl.constexpr, PAGE_SIZE: gl.constexpr, CSR: gl.constexpr,
     RAGGED: gl.constexpr, CAUSAL: gl.constexpr, BLOCKS: gl.constexpr,
 ):  # fmt: skip
-    gdc_launch_dependents()
     dtype: gl.constexpr = out.dtype.element_ty
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])

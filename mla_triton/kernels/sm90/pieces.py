@@ -2,7 +2,7 @@
 
 # No `from __future__ import annotations`: an aggregate reads the types of its fields.
 
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mla_triton.kernels.common.schedule import CUT, GROUP, HEADER
 from mla_triton.kernels.sm90.decode_config import BLOCK, ROW_TILE
@@ -72,9 +72,11 @@ class Call:
     def groups(self):
         """(first group of this program's part, tile it begins at, last group, tile it ends at).
 
-        The first thing that is read of what the kernel before this one may have written.
+        The first thing that is read of what the kernel before this one may have written. Only then
+        may the merge take its place: it reads the schedule without waiting for this kernel's end.
         """
         gdc_wait()
+        gdc_launch_dependents()
         cuts = self.schedule + HEADER + CUT * gl.program_id(1)
         return gl.load(cuts), gl.load(cuts + 1), gl.load(cuts + 2), gl.load(cuts + 3)
 
