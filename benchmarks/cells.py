@@ -12,6 +12,9 @@ ELEMENT = 2
 """Bytes of a bfloat16."""
 PAGE_SIZE = 64
 SOFTMAX_SCALE = 192**-0.5
+SUSTAINED_CELL = "s4096-b128-h128"
+SUSTAINED_SECONDS = 1.5
+"""What is also measured under a load that makes a card lower its clocks, and for how long."""
 
 
 @dataclass(frozen=True)

@@ -23,15 +23,12 @@ import peers
 import protocol
 import results as results_file
 import torch
-from cells import LATENT, ROPE, Cell
+from cells import LATENT, ROPE, SUSTAINED_CELL, SUSTAINED_SECONDS, Cell
 
 import mla_triton
 from mla_triton import AttentionState, timing
 from mla_triton.testing import DecodeInputs, Report, compare, decode_budget
 
-SUSTAINED_CELL = "s4096-b128-h128"
-SUSTAINED_SECONDS = 1.5
-"""What is also measured under a load that makes a card lower its clocks."""
 SAMPLE = 3
 """Requests of a batch that are compared with the oracle: first, last, and between."""
 

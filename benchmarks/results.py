@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cells import SUSTAINED_SECONDS
+
 SCHEMA = 1
 HERE = Path(__file__).parent
 PROTOCOL = (
@@ -145,8 +147,8 @@ def table(results: dict[str, Any], against: dict[str, dict[str, float]]) -> list
 def sustained(results: dict[str, Any]) -> list[str]:
     """A sentence for each cell that was also measured under a long load."""
     return [
-        f"{cell['cell']} without a pause for 1.5 s: {cell['sustained_us']:.1f} us a call, "
-        f"{cell['sustained_tflops']:.0f} TFLOP/s."
+        f"{cell['cell']} without a pause for {SUSTAINED_SECONDS} s: "
+        f"{cell['sustained_us']:.1f} us a call, {cell['sustained_tflops']:.0f} TFLOP/s."
         for cell in results["cells"]
         if "sustained_us" in cell
     ]

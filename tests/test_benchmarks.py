@@ -44,7 +44,7 @@ def row(cell: cells.Cell, us: float, **changes: Any) -> dict[str, Any]:
         "gbps": cell.bytes / us / 1e3,
         "tflops": cell.flops / us / 1e6,
     }
-    if cell.name == decode.SUSTAINED_CELL:
+    if cell.name == cells.SUSTAINED_CELL:
         figures |= {"sustained_us": us, "sustained_tflops": cell.flops / us / 1e6}
     return figures | changes
 
