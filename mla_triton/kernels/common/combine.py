@@ -42,9 +42,17 @@ PROGRAMS_PER_SM = 4
 """As many as that many registers a thread allow."""
 MOST_PIECES = 128
 """Pieces of a turn at most: less than 32 columns of each would be short reads."""
-FEWER_PIECES = 16
-"""Pieces of a turn for a group that has so few where most have more, or more where most have less
-than so many."""
+LEVELS_OF = {
+    2: (2, 2, 3),
+    4: (4, 2, 3),
+    8: (8, 2, 2),
+    16: (8, 2, 2),
+    32: (16, 2, 2),
+    64: (16, 4, 2),
+    128: (64, 2, 2),
+}
+"""(pieces, step, levels) by what groups have on average. Every level is code to be fetched, so there
+are as few as the groups of an uneven batch, or a short request, can do with."""
 
 ARGUMENTS = (
     ("schedule", "*i32"),
@@ -76,9 +84,12 @@ class Config:
     programs: int
     """Programs to a part, or in all where the batch is one request."""
     pieces: int
-    """Pieces of a turn: what a group has on average."""
-    other_pieces: int
-    """The same for groups that have far fewer, or, where that is the larger number, more."""
+    """Pieces of a turn, of the smallest."""
+    step: int
+    """How many times as many pieces the next one takes."""
+    levels: int
+    """How many there are. A group takes the first that holds all of its pieces, or the last in
+    several turns."""
 
 
 @triton.jit
@@ -196,7 +207,7 @@ def combine_kernel(
     batch, s_q, queries, heads, parts, group_rows,
     VALUE: tl.constexpr, RAGGED: tl.constexpr, OUT_STEP: tl.constexpr, LSE_STEP: tl.constexpr,
     EMULATE_BF16: tl.constexpr, PROGRAMMATIC: tl.constexpr, PIECES: tl.constexpr,
-    OTHER_PIECES: tl.constexpr, ALONE: tl.constexpr,
+    STEP: tl.constexpr, LEVELS: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -231,25 +242,18 @@ def combine_kernel(
             share = program if ALONE else (part - first_part) * programs + program
             shares = programs if ALONE else splits * programs
             splits = tl.minimum(splits, parts - first_part)
-            is_usual = splits <= PIECES if PIECES < OTHER_PIECES else splits > OTHER_PIECES
-            if is_usual:
-                merge_share(
-                    cu_seqlens_q, partial_out, partial_lse, out, lse,
-                    out_stride_b, out_stride_s, out_stride_h,
-                    lse_stride_b, lse_stride_s, lse_stride_h,
-                    request, index, splits, first_part, share, shares, s_q, queries, heads,
-                    parts, group_rows, rehearsals,
-                    VALUE, RAGGED, OUT_STEP, LSE_STEP, EMULATE_BF16, PROGRAMMATIC, PIECES,
-                )  # fmt: skip
-            else:
-                merge_share(
-                    cu_seqlens_q, partial_out, partial_lse, out, lse,
-                    out_stride_b, out_stride_s, out_stride_h,
-                    lse_stride_b, lse_stride_s, lse_stride_h,
-                    request, index, splits, first_part, share, shares, s_q, queries, heads,
-                    parts, group_rows, rehearsals,
-                    VALUE, RAGGED, OUT_STEP, LSE_STEP, EMULATE_BF16, PROGRAMMATIC, OTHER_PIECES,
-                )  # fmt: skip
+            for level in tl.static_range(LEVELS):
+                is_above = (level == 0) | (splits * STEP > PIECES * STEP**level)
+                if is_above & ((splits <= PIECES * STEP**level) | (level == LEVELS - 1)):
+                    merge_share(
+                        cu_seqlens_q, partial_out, partial_lse, out, lse,
+                        out_stride_b, out_stride_s, out_stride_h,
+                        lse_stride_b, lse_stride_s, lse_stride_h,
+                        request, index, splits, first_part, share, shares, s_q, queries, heads,
+                        parts, group_rows, rehearsals,
+                        VALUE, RAGGED, OUT_STEP, LSE_STEP, EMULATE_BF16, PROGRAMMATIC,
+                        PIECES * STEP**level,
+                    )  # fmt: skip
             rehearsals = 0
     # What waits for this kernel waits for decode, too: one program sees to that, whatever there is
     # to merge. Others without work leave their SM to the next kernel.
@@ -266,15 +270,11 @@ def heuristic(problem: DecodeProblem, geometry: Geometry, device: Device) -> Con
     units = max(1, rows * problem.value_dim // ELEMENTS.value)
     average = geometry.parts // max(1, problem.batch)
     # A sixteenth more than a power of two is not worth the next one.
-    pieces = min(max(2, power_of_two(average - average // 16)), MOST_PIECES)
-    if alone and units * pieces > together:
-        pieces = min(pieces, MOST_PIECES // 2)
-    if pieces == MOST_PIECES:
-        other_pieces = pieces // 2
-    else:
-        other_pieces = FEWER_PIECES if pieces != FEWER_PIECES else FEWER_PIECES // 4
+    most = min(max(2, power_of_two(average - average // 16)), MOST_PIECES)
+    if alone and units * most > together:
+        most = min(most, MOST_PIECES // 2)
     # Programs without a unit see to it that those with one are spread over all SMs.
-    return Config(together if alone else min(units, together), pieces, other_pieces)
+    return Config(together if alone else min(units, together), *LEVELS_OF[most])
 
 
 def power_of_two(number: int) -> int:
@@ -302,7 +302,8 @@ def variant(problem: DecodeProblem, config: Config, device: Device) -> Variant:
             ("EMULATE_BF16", emulates_bf16(problem.dtype, device)),
             ("PROGRAMMATIC", device.has_programmatic_launch),
             ("PIECES", config.pieces),
-            ("OTHER_PIECES", config.other_pieces),
+            ("STEP", config.step),
+            ("LEVELS", config.levels),
             ("ALONE", is_alone(problem)),
         ),
         ALIGNED if problem.aligned else frozenset({"partial_out"}),
