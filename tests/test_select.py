@@ -46,7 +46,7 @@ FEW_ROWS = (
     "portable is faster for up to 16 rows: it is bound by memory alone, and its programs are "
     "shorter"
 )
-NARROW = "it is written for 512+64 or 256+64, got "
+NARROW = "it is written for 512+64, 512+0, 256+64, got "
 UNEVEN = "its TMA descriptors need all pages of the cache to be one evenly spaced row of slots"
 ODD_PAGES = "a TMA box is 16, 32 or 64 keys of one page, got pages of "
 NOT_16_BIT = "it reads aligned float16 or bfloat16"
@@ -71,7 +71,7 @@ PROBLEMS = {
     "ragged, few rows": problem(s_q=None, queries=16, heads=16),
     "four query tokens": problem(s_q=4, queries=64, causal=True),
     "four query tokens of four heads": problem(s_q=4, queries=64, heads=4, causal=True),
-    "without rope": problem(rope=0, ckv_stride_slot=512),
+    "without rope": problem(rope=0, heads=32, ckv_stride_slot=512),
     "256+64": problem(latent=256, value_dim=256, heads=32, ckv_stride_slot=320),
     "MiniCPM3": problem(latent=256, rope=32, value_dim=256, heads=40),
     "128+32": problem(latent=128, rope=32, value_dim=128),
@@ -92,10 +92,9 @@ ON_HOPPER = {
     "V2-Lite, alone": FEW_ROWS,
     "ragged, few rows": FEW_ROWS,
     "four query tokens of four heads": FEW_ROWS,
-    "without rope": NARROW + "512+0",
     "MiniCPM3": NARROW + "256+32",
     "128+32": NARROW + "128+32",
-    "DeepSeek-V4": NARROW + "512+0",
+    "DeepSeek-V4": "its queries come in one tensor where no key column is behind the value",
     "pages of 1, CSR": ODD_PAGES + "1",
     "pages of 48": ODD_PAGES + "48",
     "pages in no row": UNEVEN,

@@ -80,8 +80,8 @@ def stored(*rows: Row) -> None:
         ),
         (
             row(latent=128, value_dim=128),
-            "key must be of a problem that sm90 takes: it is written for 512+64 or 256+64, got "
-            "128+64",
+            "key must be of a problem that sm90 takes: it is written for 512+64, 512+0, 256+64, "
+            "got 128+64",
         ),
     ],
 )

@@ -135,6 +135,7 @@ def _sm90_cases(label: str) -> Iterator[Case]:
         for page_size in (16, 32, 64, 128)
     ]
     forms += [
+        problem(heads=128, dimensions=DIMENSIONS[1]),
         problem(heads=128, dimensions=DIMENSIONS[2]),
         replace(plain, s_q=2, queries=128, causal=True),
         replace(plain, s_q=None, causal=True, csr=True),

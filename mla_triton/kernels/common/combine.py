@@ -51,7 +51,7 @@ LEVELS_OF = {
     64: (16, 4, 2),
     128: (64, 2, 2),
 }
-"""(pieces, step, levels) by what groups have on average. Every level is code to be fetched, so there
+"""(pieces, step, levels) by what groups have on average. Every level is code to be fetched, so they
 are as few as the groups of an uneven batch, or a short request, can do with."""
 
 ARGUMENTS = (

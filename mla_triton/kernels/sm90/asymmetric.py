@@ -193,8 +193,11 @@ def attend_scores(
         wait_copies(0)
         fence_async_shared()
         sync_threads()
-        rope_query = shared.weights.index(1).load(gl.DotOperandLayout(0, SCORES, 2))
-        sync_threads()
+        if TAIL > 0:
+            rope_query = shared.weights.index(1).load(gl.DotOperandLayout(0, SCORES, 2))
+            sync_threads()
+        else:
+            rope_query = 0
 
         accumulator = gl.zeros([ROWS, HALF], gl.float32, HALVES)
         scores = gl.zeros([ROWS, KEYS], gl.float32, SCORES)

@@ -145,11 +145,21 @@ def decode_kernel(
     query_right = gl.allocate_shared_memory(dtype, [1, ROWS, HALF], LAYOUT)
     left = gl.allocate_shared_memory(dtype, [2, KEYS, HALF], LAYOUT)
     right = gl.allocate_shared_memory(dtype, [2, KEYS, HALF], LAYOUT)
-    rope = gl.allocate_shared_memory(dtype, [2, KEYS, TAIL], LAYOUT)
+    if TAIL > 0:
+        rope = gl.allocate_shared_memory(dtype, [2, KEYS, TAIL], LAYOUT)
+    elif BLOCKS == 2:
+        # Pairs have their weights there, with rotary keys or without.
+        rope = gl.allocate_shared_memory(dtype, [2, ROWS, KEYS], LAYOUT)
+    else:
+        rope = left
     if BLOCKS == 2:
+        if TAIL > 0:
+            query_rope = gl.allocate_shared_memory(dtype, [1, ROWS, TAIL], LAYOUT)
+        else:
+            query_rope = query_left
         shared = _pairs(
-            query_left, query_right, gl.allocate_shared_memory(dtype, [1, ROWS, TAIL], LAYOUT),
-            left, right, rope, gl.allocate_shared_memory(gl.float32, [4, ROWS], VECTOR),
+            query_left, query_right, query_rope, left, right, rope,
+            gl.allocate_shared_memory(gl.float32, [4, ROWS], VECTOR),
             barriers(2, 1), barriers(2, 1), barriers(2, 1), barriers(2, 1), barriers(2, 1),
             barriers(2, 1), barriers(1, 2), barriers(1, 1), barriers(1, 1),
         )  # fmt: skip
@@ -165,7 +175,7 @@ def decode_kernel(
                 (_right, (
                     call, shared, q_nope, out, partial_out, scale_log2,
                     q_nope_stride_b, q_nope_stride_s, q_nope_stride_h,
-                    out_stride_b, out_stride_s, out_stride_h, HALF,
+                    out_stride_b, out_stride_s, out_stride_h, HALF, TAIL,
                 )),
                 (_load_pairs, (
                     call, shared, half_map, rope_map, rope_column, page_rows, num_pages, HALF, TAIL,
@@ -210,7 +220,7 @@ def variant(problem: DecodeProblem, config: Config, geometry: Geometry, device: 
     kinds = {
         "*T": f"*{TYPE_NAMES[problem.dtype]}",
         "map of half of a latent": map_type(problem.dtype, box, half),
-        "map of a rotary key": map_type(problem.dtype, box, problem.key_tail),
+        "map of a rotary key": map_type(problem.dtype, box, problem.key_tail or half),
     }
     return Variant(
         decode_kernel,

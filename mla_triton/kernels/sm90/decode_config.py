@@ -27,7 +27,7 @@ FEW_ROWS = 16
 MANY_REQUESTS = 16
 """From here on a batch has more work than waiting, and two blocks at a time pay: 237 us against 267
 at 128 requests of 4096 keys and 128 heads on an H200, 20 us against 17 at one of 1024."""
-WIDTHS = ((512, 64), (256, 64))
+WIDTHS = ((512, 64), (512, 0), (256, 64))
 """(value, key columns behind it) that the kernel is written for."""
 PAGES = (16, 32)
 """Page sizes below a block that a block can be put together from."""
@@ -49,8 +49,10 @@ def why_not(problem: DecodeProblem, device: Device) -> str | None:
     if problem.dtype not in (torch.float16, torch.bfloat16) or not problem.aligned:
         return "it reads aligned float16 or bfloat16"
     if (problem.value_dim, problem.key_tail) not in WIDTHS:
-        widths = " or ".join(f"{value}+{tail}" for value, tail in WIDTHS)
+        widths = ", ".join(f"{value}+{tail}" for value, tail in WIDTHS)
         return f"it is written for {widths}, got {problem.value_dim}+{problem.key_tail}"
+    if problem.rope_in_value:
+        return "its queries come in one tensor where no key column is behind the value"
     if problem.page_size % BLOCK and problem.page_size not in PAGES:
         return f"a TMA box is 16, 32 or 64 keys of one page, got pages of {problem.page_size}"
     if not problem.page_slots:

@@ -21,6 +21,7 @@ products between its last use and its next.
 | sum_ready | left | right | the group's sums are there; the left one reads no queries |
 
 When both halves of a slot were used up, so were its rotary keys, and the weights in their place.
+Where there are no rotary keys the weights have that place alone, in the same order.
 
 Shared memory at 512 + 64: queries 72 KiB, two key blocks of 72 KiB: 216 KiB. Weights lie where the
 rotary keys were, which are read first.
@@ -174,8 +175,9 @@ def load_pairs(
                     mbarrier.wait(shared.left_empty.index(1), phase)
                     load_part(half_map, row, other_row, 0, shared.left_full.index(1),
                               shared.left.index(1), HALF_BYTES, BOX)  # fmt: skip
-                load_part(rope_map, row, other_row, rope_column, shared.rope_full.index(which),
-                          shared.rope.index(which), KEYS * TAIL * 2, BOX)  # fmt: skip
+                if TAIL > 0:
+                    load_part(rope_map, row, other_row, rope_column, shared.rope_full.index(which),
+                              shared.rope.index(which), KEYS * TAIL * 2, BOX)  # fmt: skip
             phase = phase ^ 1
 
 
@@ -232,10 +234,11 @@ def attend_left(
             call, request, first_row, tile_rows, nope_stride_b, nope_stride_s, nope_stride_h
         )
         load_query(q_nope, nope_rows, 0, HALF, shared.query_left.index(0))
-        rope_rows = row_offsets(
-            call, request, first_row, tile_rows, rope_stride_b, rope_stride_s, rope_stride_h
-        )
-        load_query(q_rope, rope_rows, 0, TAIL, shared.query_rope.index(0))
+        if TAIL > 0:
+            rope_rows = row_offsets(
+                call, request, first_row, tile_rows, rope_stride_b, rope_stride_s, rope_stride_h
+            )
+            load_query(q_rope, rope_rows, 0, TAIL, shared.query_rope.index(0))
         commit_copies()
         reach = call.page_row(request)[1]
         end_key, seen_end, before_queries, whole = call.keys(group, cuts, request, first_row, reach)
@@ -267,9 +270,10 @@ def attend_left(
                 False,
             )
             rope = shared.rope.index(zero)
-            scores = multiply(
-                scores, shared.query_rope.index(zero), rope, shared.rope_full.index(0), phase, False
-            )
+            if TAIL > 0:
+                query = shared.query_rope.index(zero)
+                full = shared.rope_full.index(0)
+                scores = multiply(scores, query, rope, full, phase, False)
             scores = warpgroup_mma_wait(0, deps=(scores,))
             scores = hide(call, scores, block, end_key, seen_end, before_queries, first_row, SCORES)
             first_max = gl.maximum(running_max, gl.max(scores, 1) * scale_log2)
@@ -330,7 +334,7 @@ def attend_left(
 def attend_right(
     call, shared, q_nope, out, partial_out, scale_log2,
     nope_stride_b, nope_stride_s, nope_stride_h, out_stride_b, out_stride_s, out_stride_h,
-    HALF: gl.constexpr,
+    HALF: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     HALVES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
@@ -376,9 +380,10 @@ def attend_right(
                 scores, shared.query_left.index(zero), left, shared.left_full.index(1), phase, False
             )
             rope = shared.rope.index(zero + 1)
-            scores = multiply(
-                scores, shared.query_rope.index(zero), rope, shared.rope_full.index(1), phase, False
-            )
+            if TAIL > 0:
+                query = shared.query_rope.index(zero)
+                full = shared.rope_full.index(1)
+                scores = multiply(scores, query, rope, full, phase, False)
             scores = warpgroup_mma_wait(0, deps=(scores,))
             scores = hide(
                 call, scores, block + KEYS, end_key, seen_end, before_queries, first_row, SCORES
