@@ -47,8 +47,6 @@ FEW_ROWS = (
     "shorter"
 )
 NARROW = "it is written for 512+64, 512+0, 256+64, got "
-UNEVEN = "its TMA descriptors need all pages of the cache to be one evenly spaced row of slots"
-ODD_PAGES = "a TMA box is 16, 32 or 64 keys of one page, got pages of "
 NOT_16_BIT = "it reads aligned float16 or bfloat16"
 
 
@@ -95,9 +93,6 @@ ON_HOPPER = {
     "MiniCPM3": NARROW + "256+32",
     "128+32": NARROW + "128+32",
     "DeepSeek-V4": "its queries come in one tensor where no key column is behind the value",
-    "pages of 1, CSR": ODD_PAGES + "1",
-    "pages of 48": ODD_PAGES + "48",
-    "pages in no row": UNEVEN,
     "not aligned": NOT_16_BIT,
 }
 """Why the Hopper kernel does not run a problem on its card; it runs the others."""

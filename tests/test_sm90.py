@@ -32,6 +32,9 @@ PROBLEMS = {
     "pages of 32": compilation.problem(heads=128, page_size=32),
     "pages of 128": compilation.problem(heads=128, page_size=128),
     "pages of 192": compilation.problem(heads=128, page_size=192),
+    "pages of 1": compilation.problem(heads=128, page_size=1),
+    "pages of 48": compilation.problem(heads=128, page_size=48),
+    "pages in no row": replace(compilation.problem(heads=128), page_slots=0),
     "narrow": compilation.problem(heads=128, dimensions=(256, 64, 256)),
 }
 FEW_BYTES = 64
@@ -119,19 +122,6 @@ def test_what_changes_code_is_in_the_variant_and_nothing_else():
             "9.0",
             "its queries come in one tensor where no key column is behind the value",
         ),
-        *(
-            (
-                replace(PLAIN, page_size=page_size, page_slots=page_size),
-                "9.0",
-                f"a TMA box is 16, 32 or 64 keys of one page, got pages of {page_size}",
-            )
-            for page_size in (1, 8, 48, 96)
-        ),
-        (
-            replace(PLAIN, page_slots=0),
-            "9.0",
-            "its TMA descriptors need all pages of the cache to be one evenly spaced row of slots",
-        ),
     ],
 )
 def test_what_it_does_not_take(problem: DecodeProblem, label: str, reason: str):
@@ -150,6 +140,20 @@ def test_what_it_takes():
 
 
 @pytest.mark.parametrize(
+    ("page_size", "page_slots", "expected"),
+    [(16, 16, False), (32, 32, False), (64, 64, False), (192, 192, False), (64, 320, False)]
+    + [(size, size, True) for size in (1, 2, 7, 8, 24, 48, 96)]
+    + [(64, 0, True), (16, 0, True)],
+)
+def test_which_keys_are_copied_row_by_row(page_size, page_slots, expected):
+    problem = replace(PLAIN, page_size=page_size, page_slots=page_slots)
+    assert decode.gathers(problem) is expected
+    config = decode.heuristic(problem, CARD)
+    made = decode.variant(problem, config, decode.geometry(problem, CARD), CARD)
+    assert dict(made.constants)["GATHER"] is expected
+
+
+@pytest.mark.parametrize(
     ("config", "changes", "rows", "valid"),
     [
         (Config(1), {}, None, (True, "one program an SM")),
@@ -160,7 +164,13 @@ def test_what_it_takes():
             Config(2),
             {"page_size": 16},
             None,
-            (False, "two blocks come from at most four pages, got pages of 16"),
+            (False, "two blocks come by TMA, from at most four pages, got pages of 16"),
+        ),
+        (
+            Config(2),
+            {"page_slots": 0},
+            None,
+            (False, "two blocks come by TMA, from at most four pages, got pages of 64"),
         ),
         (Config(0), {}, None, (False, "blocks must be 1 or 2, got 0")),
         (Config(3), {}, None, (False, "blocks must be 1 or 2, got 3")),

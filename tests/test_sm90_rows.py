@@ -56,7 +56,7 @@ def stored(*rows: Row) -> None:
         (row(3), "config {'blocks': 3} cannot be used: blocks must be 1 or 2, got 3"),
         (
             row(2, page_size=16),
-            "config {'blocks': 2} cannot be used: two blocks come from at most four pages, got "
+            "config {'blocks': 2} cannot be used: two blocks come by TMA, from at most four pages, got "
             "pages of 16",
         ),
         (
@@ -169,4 +169,6 @@ def test_the_form_there_is_stands_to_be_beaten():
 def test_pages_of_16_have_one_form():
     ((work,), _) = tuner.list_work(device=CARD, page_size=16, **POINT)
     assert work.candidates == (Config(1),)
-    assert work.pruned == ((Config(2), "two blocks come from at most four pages, got pages of 16"),)
+    assert work.pruned == (
+        (Config(2), "two blocks come by TMA, from at most four pages, got pages of 16"),
+    )

@@ -132,7 +132,7 @@ def _sm90_cases(label: str) -> Iterator[Case]:
     forms = [
         problem(dtype, 128, page_size)
         for dtype in (torch.float16, torch.bfloat16)
-        for page_size in (16, 32, 64, 128)
+        for page_size in (1, 16, 32, 64, 128)
     ]
     forms += [
         problem(heads=128, dimensions=DIMENSIONS[1]),

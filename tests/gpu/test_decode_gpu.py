@@ -294,7 +294,7 @@ def test_a_pair_of_tensors(way, dtype):
     for pair in (
         LatentCache(ckv, kpe),
         LatentCache(spread(ckv, 1, 1), spread(kpe, 1, 1)),
-        # Not spaced alike: the Hopper kernel has to refuse it.
+        # Not spaced alike: the Hopper kernel has no descriptor for it, and copies row by row.
         LatentCache(spread(ckv, 1, 1), kpe),
         LatentCache(ragged_pages(ckv), kpe),
         LatentCache(ckv, ragged_pages(kpe)),
@@ -307,9 +307,7 @@ def test_a_pair_of_tensors(way, dtype):
 def test_pages_that_are_no_whole_slots_apart(way):
     inputs = decode_inputs(kv_lens=SKEWED, heads=40, device="cuda")
     given = replace(inputs, cache=ragged_pages(inputs.cache))
-    assert is_refused(given, way) is (way.impl == "sm90")
-    if way.impl == "portable":
-        assert_within_budget(run(given, way), given)
+    assert_within_budget(run(given, way), given)
 
 
 def test_a_cache_of_one_page(way):

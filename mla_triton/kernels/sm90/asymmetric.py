@@ -41,6 +41,7 @@ from mla_triton.kernels.sm90.pieces import (
     partial_row,
     row_offsets,
     store_half,
+    wait_keys,
 )
 
 SLOTS = gl.constexpr(2)
@@ -136,12 +137,12 @@ def load_keys(
 
 
 @gluon.jit
-def multiply_keys(scores, shared, rope_query, slot, phase, TAIL: gl.constexpr):
+def multiply_keys(call, scores, shared, rope_query, slot, phase, TAIL: gl.constexpr):
     """Starts queries x keys of a block, half by half as they come."""
-    mbarrier.wait(shared.left_full.index(slot), phase)
+    wait_keys(call, shared.left_full.index(slot), phase)
     keys = shared.left.index(slot).permute((1, 0))
     scores = warpgroup_mma(shared.query_left.index(0), keys, scores, use_acc=False, is_async=True)
-    mbarrier.wait(shared.right_full.index(slot), phase)
+    wait_keys(call, shared.right_full.index(slot), phase)
     keys = shared.right.index(slot).permute((1, 0))
     scores = warpgroup_mma(shared.query_right.index(0), keys, scores, is_async=True)
     if TAIL > 0:
@@ -204,7 +205,7 @@ def attend_scores(
         running_max = gl.full([ROWS], LOWEST, gl.float32, BY_ROW)
         running_sum = gl.zeros([ROWS], gl.float32, BY_ROW)
         for block in range(begin_key, end_key, KEYS):
-            scores = multiply_keys(scores, shared, rope_query, slot, phase, TAIL)
+            scores = multiply_keys(call, scores, shared, rope_query, slot, phase, TAIL)
             scores = warpgroup_mma_wait(0, deps=(scores,))
             if block + KEYS > seen_end:
                 key = gl.expand_dims(block + block_keys, 0)
@@ -281,7 +282,7 @@ def attend_right(
         accumulator = gl.zeros([ROWS, HALF], gl.float32, HALVES)
         for block in range(begin_key, end_key, KEYS):
             turn = step & 1
-            mbarrier.wait(shared.weights_ready.index(turn), (step >> 1) & 1)
+            wait_keys(call, shared.weights_ready.index(turn), (step >> 1) & 1)
             if block + KEYS > end_key:
                 clear_past(shared.right.index(slot), end_key - block, HALF)
             factor = shared.factors.index(turn).load(BY_ROW)

@@ -23,13 +23,14 @@ from mla_triton.device import Device
 from mla_triton.kernels.common.launch import TYPE_NAMES, Launch, Variant, View
 from mla_triton.kernels.common.tensors import DecodeTensors, strides
 from mla_triton.kernels.common.tiles import LOG2_E
-from mla_triton.kernels.sm90 import asymmetric, pairs
+from mla_triton.kernels.sm90 import asymmetric, gather, pairs
 from mla_triton.kernels.sm90.decode_config import (
     BLOCK,
     NAME,
     OP,
     Config,
     choose,
+    gathers,
     geometry,
     heuristic,
     is_valid,
@@ -78,6 +79,8 @@ ARGUMENTS = (
     ("partial_lse", "*fp32"),
     ("out", "*T"),
     ("lse", "*fp32"),
+    ("ckv", "*T"),
+    ("kpe", "*T"),
     ("half_map", "map of half of a latent"),
     ("rope_map", "map of a rotary key"),
     ("q_nope_stride_b", "i64"),
@@ -92,6 +95,10 @@ ARGUMENTS = (
     ("lse_stride_b", "i64"),
     ("lse_stride_s", "i64"),
     ("lse_stride_h", "i64"),
+    ("ckv_stride_page", "i64"),
+    ("ckv_stride_slot", "i64"),
+    ("kpe_stride_page", "i64"),
+    ("kpe_stride_slot", "i64"),
     ("table_size", "i64"),
     ("page_rows", "i32"),
     ("rope_column", "i32"),
@@ -108,8 +115,8 @@ ARGUMENTS = (
 ALIGNED = frozenset(
     name
     for name, _ in ARGUMENTS
-    if name in ("q_nope", "q_rope", "out", "partial_out")
-    or (name.startswith(("q_", "out_")) and "_stride_" in name)
+    if name in ("q_nope", "q_rope", "out", "partial_out", "ckv", "kpe", "rope_column")
+    or (name.startswith(("q_", "out_", "ckv_", "kpe_")) and "_stride_" in name)
 )
 
 
@@ -119,27 +126,30 @@ _load_blocks, _scores, _rest = (
     asymmetric.attend_scores,
     asymmetric.attend_right,
 )
+_load_rows, ARRIVALS, WARPS = gather.load_rows, gather.ARRIVALS, gather.WARPS
 _load_pairs, _left, _right = pairs.load_pairs, pairs.attend_left, pairs.attend_right
 
 
 @gluon.jit
 def decode_kernel(
     q_nope, q_rope, pages, indptr, kv_lens, cu_seqlens_q, schedule,
-    partial_out, partial_lse, out, lse, half_map, rope_map,
+    partial_out, partial_lse, out, lse, ckv, kpe, half_map, rope_map,
     q_nope_stride_b, q_nope_stride_s, q_nope_stride_h,
     q_rope_stride_b, q_rope_stride_s, q_rope_stride_h,
     out_stride_b, out_stride_s, out_stride_h, lse_stride_b, lse_stride_s, lse_stride_h,
+    ckv_stride_page, ckv_stride_slot, kpe_stride_page, kpe_stride_slot,
     table_size, page_rows, rope_column, batch, s_q, queries, heads, max_kv_len, planned_kv_len,
     num_pages, parts, scale_log2,
     HALF: gl.constexpr, TAIL: gl.constexpr, PAGE_SIZE: gl.constexpr, CSR: gl.constexpr,
-    RAGGED: gl.constexpr, CAUSAL: gl.constexpr, BLOCKS: gl.constexpr,
+    RAGGED: gl.constexpr, CAUSAL: gl.constexpr, GATHER: gl.constexpr,
+    FUSED: gl.constexpr, BLOCKS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = out.dtype.element_ty
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     call = Call(
         pages, indptr, kv_lens, cu_seqlens_q, schedule, table_size, batch, s_q, queries, heads,
-        max_kv_len, planned_kv_len, parts, PAGE_SIZE, CSR, RAGGED, CAUSAL,
+        max_kv_len, planned_kv_len, parts, PAGE_SIZE, CSR, RAGGED, CAUSAL, GATHER,
     )  # fmt: skip
     query_left = gl.allocate_shared_memory(dtype, [1, ROWS, HALF], LAYOUT)
     query_right = gl.allocate_shared_memory(dtype, [1, ROWS, HALF], LAYOUT)
@@ -189,8 +199,9 @@ def decode_kernel(
             query_left, query_right, left, right, rope,
             gl.allocate_shared_memory(dtype, [2, ROWS, KEYS], LAYOUT),
             gl.allocate_shared_memory(gl.float32, [3, ROWS], VECTOR),
-            barriers(2, 1), barriers(2, 1), barriers(2, 1), barriers(2, 1), barriers(2, 1),
-            barriers(2, 1), barriers(1, 1), barriers(1, 1),
+            barriers(2, ARRIVALS if GATHER else 1), barriers(2, ARRIVALS if GATHER else 1),
+            barriers(2, 1), barriers(2, 1), barriers(2, 1), barriers(2, 1), barriers(1, 1),
+            barriers(1, 1),
         )  # fmt: skip
         gl.warp_specialize(
             [
@@ -204,18 +215,21 @@ def decode_kernel(
                 (_rest, (
                     call, shared, out, partial_out, out_stride_b, out_stride_s, out_stride_h, HALF,
                 )),
-                (_load_blocks, (
+                (_load_rows, (
+                    call, shared, ckv, kpe, ckv_stride_page, ckv_stride_slot,
+                    kpe_stride_page, kpe_stride_slot, num_pages, HALF, TAIL, FUSED,
+                )) if GATHER else (_load_blocks, (
                     call, shared, half_map, rope_map, rope_column, page_rows, num_pages, HALF, TAIL,
                 )),
             ],
-            [4, 1],
-            [REGISTERS, LOADER_REGISTERS],
+            [4, WARPS if GATHER else 1],
+            [REGISTERS - 8 * GATHER, LOADER_REGISTERS + 16 * GATHER],
         )  # fmt: skip
 
 
 def variant(problem: DecodeProblem, config: Config, geometry: Geometry, device: Device) -> Variant:
     """The kernel for a problem: everything but sizes that change from step to step is constant."""
-    box = min(BLOCK, problem.page_size)
+    box = BLOCK if gathers(problem) else min(BLOCK, problem.page_size)
     half = problem.value_dim // 2
     kinds = {
         "*T": f"*{TYPE_NAMES[problem.dtype]}",
@@ -232,6 +246,9 @@ def variant(problem: DecodeProblem, config: Config, geometry: Geometry, device: 
             ("CSR", problem.csr),
             ("RAGGED", problem.ragged),
             ("CAUSAL", problem.causal),
+            ("GATHER", gathers(problem)),
+            # Boxes of TMA do not ask whose tensor they are of.
+            ("FUSED", gathers(problem) and problem.fused),
             ("BLOCKS", config.blocks),
         ),
         ALIGNED,
@@ -271,11 +288,17 @@ def arguments(problem: DecodeProblem, geometry: Geometry, tensors: DecodeTensors
         t.partial_lse,
         t.out,
         t.lse,
+        t.ckv,
+        t.kpe,
         *maps(problem, t),
         *strides(t.q_nope, problem.ragged),
         *strides(t.q_rope, problem.ragged),
         *strides(t.out, problem.ragged),
         *strides(t.lse, problem.ragged),
+        t.ckv.stride(0),
+        problem.ckv_stride_slot,
+        0 if t.kpe is None else t.kpe.stride(0),
+        problem.kpe_stride_slot,
         t.pages.shape[0] if problem.csr else t.pages.stride(0),
         problem.page_slots,
         problem.value_dim if problem.fused else 0,

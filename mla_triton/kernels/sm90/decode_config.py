@@ -53,13 +53,14 @@ def why_not(problem: DecodeProblem, device: Device) -> str | None:
         return f"it is written for {widths}, got {problem.value_dim}+{problem.key_tail}"
     if problem.rope_in_value:
         return "its queries come in one tensor where no key column is behind the value"
-    if problem.page_size % BLOCK and problem.page_size not in PAGES:
-        return f"a TMA box is 16, 32 or 64 keys of one page, got pages of {problem.page_size}"
-    if not problem.page_slots:
-        return (
-            "its TMA descriptors need all pages of the cache to be one evenly spaced row of slots"
-        )
     return None
+
+
+def gathers(problem: DecodeProblem) -> bool:
+    """Whether keys are copied row by row: a TMA box is 16, 32 or 64 keys of one page, and its
+    descriptor needs all pages of the cache to be one evenly spaced row of slots."""
+    is_box = problem.page_size % BLOCK == 0 or problem.page_size in PAGES
+    return not is_box or not problem.page_slots
 
 
 def why_slower(problem: DecodeProblem, device: Device) -> str | None:
@@ -95,8 +96,9 @@ def is_valid(
         return False, f"its tile has {ROW_TILE} rows, got {rows}"
     if config.blocks not in (1, 2):
         return False, f"blocks must be 1 or 2, got {config.blocks}"
-    if config.blocks == 2 and problem.page_size < BLOCK // 2:
-        return False, f"two blocks come from at most four pages, got pages of {problem.page_size}"
+    if config.blocks == 2 and (gathers(problem) or problem.page_size < BLOCK // 2):
+        size = f"pages of {problem.page_size}"
+        return False, f"two blocks come by TMA, from at most four pages, got {size}"
     return True, "one program an SM"
 
 

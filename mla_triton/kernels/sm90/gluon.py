@@ -36,5 +36,6 @@ warpgroup_mma_wait = hopper.warpgroup_mma_wait
 copy_tile = _first(hopper.tma, "async_load", "async_copy_global_to_shared")
 copy_async = _first(ampere.async_copy, "async_load", "async_copy_global_to_shared")
 commit_copies = ampere.async_copy.commit_group
+arrive_copies = ampere.async_copy.mbarrier_arrive
 wait_copies = ampere.async_copy.wait_group
 sync_threads = _first(gl, "barrier", "thread_barrier")

@@ -44,11 +44,12 @@ class Call:
     CSR: gl.constexpr
     RAGGED: gl.constexpr
     CAUSAL: gl.constexpr
+    GATHER: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
         self, pages, indptr, kv_lens, cu_seqlens_q, schedule, table_size, batch, s_q, queries,
-        heads, max_kv_len, planned_kv_len, parts, PAGE_SIZE, CSR, RAGGED, CAUSAL,
+        heads, max_kv_len, planned_kv_len, parts, PAGE_SIZE, CSR, RAGGED, CAUSAL, GATHER,
     ):  # fmt: skip
         self.pages = pages
         self.indptr = indptr
@@ -67,6 +68,7 @@ class Call:
         self.CSR = gl.constexpr(CSR)
         self.RAGGED = gl.constexpr(RAGGED)
         self.CAUSAL = gl.constexpr(CAUSAL)
+        self.GATHER = gl.constexpr(GATHER)
 
     @gluon.jit
     def groups(self):
@@ -161,6 +163,15 @@ class Call:
         """Id of the page of a key, or of the last key before `end_key`."""
         last_page = (end_key - 1) // self.PAGE_SIZE
         return gl.load(page_row + gl.minimum(key // self.PAGE_SIZE, last_page))
+
+
+@gluon.jit
+def wait_keys(call, full, phase):
+    """Waits for a part of a key block, so that wgmma may read it."""
+    mbarrier.wait(full, phase)
+    if call.GATHER:
+        # Threads have written it, not TMA.
+        fence_async_shared()
 
 
 @gluon.jit
