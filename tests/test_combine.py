@@ -30,15 +30,15 @@ def config(batch: int, heads: int = 64, implementation=sm90, **changes) -> combi
 @pytest.mark.parametrize(
     ("batch", "heads", "implementation", "expected"),
     [
-        (1, 16, portable, combine.Config(528, 128, 64)),
-        (1, 64, sm90, combine.Config(528, 64, 16)),
-        (1, 128, sm90, combine.Config(528, 64, 16)),
-        (4, 64, sm90, combine.Config(4, 32, 16)),
-        (8, 64, sm90, combine.Config(4, 16, 4)),
-        (16, 64, sm90, combine.Config(4, 8, 16)),
-        (16, 128, sm90, combine.Config(8, 4, 16)),
-        (128, 128, sm90, combine.Config(8, 2, 16)),
-        (5000, 64, sm90, combine.Config(4, 2, 16)),
+        (1, 16, portable, combine.Config(528, 64, 2, 2)),
+        (1, 64, sm90, combine.Config(528, 16, 4, 2)),
+        (1, 128, sm90, combine.Config(528, 16, 4, 2)),
+        (4, 64, sm90, combine.Config(4, 16, 2, 2)),
+        (8, 64, sm90, combine.Config(4, 8, 2, 2)),
+        (16, 64, sm90, combine.Config(4, 8, 2, 2)),
+        (16, 128, sm90, combine.Config(8, 4, 2, 3)),
+        (128, 128, sm90, combine.Config(8, 2, 2, 3)),
+        (5000, 64, sm90, combine.Config(4, 2, 2, 3)),
     ],
 )
 def test_pieces_of_a_turn_follow_the_parts_of_a_request(batch, heads, implementation, expected):
@@ -55,10 +55,11 @@ def test_a_turn_is_what_registers_hold(heads, dimensions):
         )
         found = combine.heuristic(problem, portable.geometry(problem, CARD), CARD)
         assert found.programs >= 1
-        for pieces in (found.pieces, found.other_pieces):
+        assert found.levels > 1
+        for level in range(found.levels):
+            pieces = found.pieces * found.step**level
             assert 2 <= pieces <= combine.MOST_PIECES
             assert pieces & (pieces - 1) == 0
-        assert found.pieces != found.other_pieces
         if batch > 1:
             together = found.programs * portable.geometry(problem, CARD).parts
             assert together <= combine.PROGRAMS_PER_SM * CARD.sm_count or found.programs == 1
@@ -81,13 +82,18 @@ def test_power_of_two(number, expected):
 # -- right
 
 
-@pytest.mark.parametrize("pieces", [2, 4, 8, 16, 32, 64, 128])
+@pytest.mark.parametrize(
+    ("pieces", "step", "levels"),
+    [(128, 2, 1), (2, 2, 1), (2, 2, 3), (4, 4, 2), (8, 2, 2), (16, 4, 2), (64, 2, 2)],
+)
 @pytest.mark.parametrize("kv_lens", [[1200], [700, 3, 1200, 64]], ids=["alone", "uneven"])
-def test_any_number_of_pieces_in_a_turn_gives_the_answer(monkeypatch, pieces, kv_lens):
+def test_any_number_of_pieces_in_a_turn_gives_the_answer(
+    monkeypatch, pieces, step, levels, kv_lens
+):
     """Of groups with fewer pieces than a turn takes and with more."""
 
     def heuristic(problem, geometry: Geometry, device) -> combine.Config:
-        return combine.Config(3, pieces, 2 if pieces > 16 else 32)
+        return combine.Config(3, pieces, step, levels)
 
     monkeypatch.setattr(combine, "heuristic", heuristic)
     mla_triton.ops.decode.forget()

@@ -52,12 +52,13 @@ def stored(*rows: Row) -> None:
         (row(1), None),
         (row(2), None),
         (row(1, page_size=16), None),
+        (row(1, page_size=1), None),
         (row(1, latent=256, value_dim=256), None),
         (row(3), "config {'blocks': 3} cannot be used: blocks must be 1 or 2, got 3"),
         (
             row(2, page_size=16),
-            "config {'blocks': 2} cannot be used: two blocks come by TMA, from at most four pages, got "
-            "pages of 16",
+            "config {'blocks': 2} cannot be used: two blocks come by TMA, from at most four pages, "
+            "got pages of 16",
         ),
         (
             replace(row(), config=tables.CONFIG),
@@ -72,11 +73,6 @@ def stored(*rows: Row) -> None:
         (
             row(row_tile=32),
             "key.row_tile must be 64 at batch 64 on 9.0, or no call finds the row, got 32",
-        ),
-        (
-            row(page_size=1),
-            "key must be of a problem that sm90 takes: a TMA box is 16, 32 or 64 keys of one page, "
-            "got pages of 1",
         ),
         (
             row(latent=128, value_dim=128),
