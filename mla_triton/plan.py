@@ -142,6 +142,11 @@ def even_up(tiles: int) -> int:
     return tiles if tiles <= 2 else tiles + tiles % 2
 
 
+def shortest_piece(longest: int) -> int:
+    """Tiles that a piece has at least where the longest request has so many tiles."""
+    return 1 + sum(SPLIT_BALANCE * t * t < longest for t in range(1, SPLIT_STEPS))
+
+
 def schedule(
     kv_lens: Sequence[int], q_lens: Sequence[int], heads: int, geometry: Geometry
 ) -> Schedule:
@@ -157,7 +162,7 @@ def schedule(
 
     work = sum(groups[b] * tiles[b] for b in busy)
     longest = max((tiles[b] for b in busy), default=0)
-    floor = 1 + sum(SPLIT_BALANCE * t * t < longest for t in range(1, SPLIT_STEPS))
+    floor = shortest_piece(longest)
     target = max(floor, cdiv(work, parts))
 
     exact_piece = [max(1, cdiv(t, max(1, t // target))) for t in tiles]

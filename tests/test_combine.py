@@ -31,8 +31,8 @@ def config(batch: int, heads: int = 64, implementation=sm90, **changes) -> combi
     ("batch", "heads", "implementation", "expected"),
     [
         (1, 16, portable, combine.Config(528, 64, 2, 2)),
-        (1, 64, sm90, combine.Config(528, 16, 4, 2)),
-        (1, 128, sm90, combine.Config(528, 16, 4, 2)),
+        (1, 64, sm90, combine.Config(528, 16, 2, 3)),
+        (1, 128, sm90, combine.Config(528, 16, 2, 3)),
         (4, 64, sm90, combine.Config(4, 16, 2, 2)),
         (8, 64, sm90, combine.Config(4, 8, 2, 2)),
         (16, 64, sm90, combine.Config(4, 8, 2, 2)),
@@ -43,6 +43,26 @@ def config(batch: int, heads: int = 64, implementation=sm90, **changes) -> combi
 )
 def test_pieces_of_a_turn_follow_the_parts_of_a_request(batch, heads, implementation, expected):
     assert config(batch, heads, implementation) == expected
+
+
+@pytest.mark.parametrize(
+    ("max_kv_len", "heads", "implementation", "expected"),
+    [
+        (0, 64, sm90, 132),
+        (1024, 16, portable, 132),
+        (1024, 64, sm90, 132),
+        (1024, 128, sm90, 528),
+        (4096, 16, portable, 132),
+        (4096, 64, sm90, 528),
+        (16384, 16, portable, 528),
+        (2**31 - 1, 16, portable, 528),
+    ],
+)
+def test_programs_of_a_lone_request_follow_its_longest_keys(
+    max_kv_len, heads, implementation, expected
+):
+    found = config(1, heads, implementation, max_kv_len=max_kv_len)
+    assert found.programs == expected
 
 
 @pytest.mark.parametrize("heads", [1, 5, 16, 64, 128])

@@ -304,10 +304,12 @@ def test_a_pair_of_tensors(way, dtype):
             assert_within_budget(run(given, way), given)
 
 
-def test_pages_that_are_no_whole_slots_apart(way):
-    inputs = decode_inputs(kv_lens=SKEWED, heads=40, device="cuda")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_pages_that_are_no_whole_slots_apart(way, dtype):
+    inputs = decode_inputs(kv_lens=SKEWED, heads=40, dtype=dtype, device="cuda")
     given = replace(inputs, cache=ragged_pages(inputs.cache))
-    assert_within_budget(run(given, way), given)
+    if not is_refused(given, way):
+        assert_within_budget(run(given, way), given)
 
 
 def test_a_cache_of_one_page(way):

@@ -29,7 +29,7 @@ from mla_triton.kernels.common.rows import request_queries, row_pointers
 from mla_triton.kernels.common.schedule import CUT, GROUP, HEADER
 from mla_triton.kernels.common.tensors import DecodeTensors, strides
 from mla_triton.kernels.common.tiles import LN_2, LOWEST, finish_softmax, narrow
-from mla_triton.plan import Geometry
+from mla_triton.plan import Geometry, cdiv, shortest_piece
 from mla_triton.problem import DecodeProblem
 
 ELEMENTS = tl.constexpr(4096)
@@ -48,7 +48,7 @@ LEVELS_OF = {
     8: (8, 2, 2),
     16: (8, 2, 2),
     32: (16, 2, 2),
-    64: (16, 4, 2),
+    64: (16, 2, 3),
     128: (64, 2, 2),
 }
 """(pieces, step, levels) by what groups have on average. Every level is code to be fetched, so they
@@ -263,7 +263,8 @@ def combine_kernel(
 
 
 def heuristic(problem: DecodeProblem, geometry: Geometry, device: Device) -> Config:
-    """Programs that run together, but no more than a part's share has units."""
+    """Programs that run together, but no more than a part's share has units; those of a lone
+    request one an SM, where its longest keys give them no more to do."""
     alone = is_alone(problem)
     together = max(1, PROGRAMS_PER_SM * device.sm_count // (1 if alone else geometry.parts))
     rows = geometry.group_rows if problem.ragged else min(geometry.group_rows, problem.rows)
@@ -273,8 +274,13 @@ def heuristic(problem: DecodeProblem, geometry: Geometry, device: Device) -> Con
     most = min(max(2, power_of_two(average - average // 16)), MOST_PIECES)
     if alone and units * most > together:
         most = min(most, MOST_PIECES // 2)
+    levels = LEVELS_OF[most]
+    if not alone:
+        return Config(min(units, together), *levels)
     # Programs without a unit see to it that those with one are spread over all SMs.
-    return Config(together if alone else min(units, together), *LEVELS_OF[most])
+    tiles = cdiv(problem.max_kv_len, geometry.kv_tile)
+    longest = power_of_two(min(geometry.parts, cdiv(tiles, shortest_piece(tiles))))
+    return Config(device.sm_count if units * longest <= device.sm_count else together, *levels)
 
 
 def power_of_two(number: int) -> int:

@@ -21,7 +21,7 @@ ROW_TILE = 64
 """What one warpgroup multiplies at once."""
 BLOCK = 64
 """Keys of a block, and of a schedule tile."""
-OVERHEAD = 3
+OVERHEAD = 5
 """Cost of beginning a group (its queries, its first load, its result), in blocks."""
 FEW_ROWS = 16
 MANY_REQUESTS = 16
