@@ -11,6 +11,7 @@ LATENT, ROPE = 512, 64
 ELEMENT = 2
 """Bytes of a bfloat16."""
 PAGE_SIZE = 64
+OTHER_PAGE_SIZES = (1, 16, 32, 128)
 SOFTMAX_SCALE = 192**-0.5
 SUSTAINED_CELL = "s4096-b128-h128"
 SUSTAINED_SECONDS = 1.5
@@ -26,12 +27,15 @@ class Cell:
     heads: int
     s_q: int = 1
     kv_lens: tuple[int, ...] | None = None
+    page_size: int = PAGE_SIZE
 
     @property
     def name(self) -> str:
         if self.kv_lens is not None:
             return f"skewed-b{self.batch}-h{self.heads}"
         tail = f"-q{self.s_q}" if self.s_q > 1 else ""
+        if self.page_size != PAGE_SIZE:
+            tail += f"-p{self.page_size}"
         return f"s{self.kv_len}-b{self.batch}-h{self.heads}{tail}"
 
     @property
@@ -67,6 +71,13 @@ def skewed(batch: int = 64, shortest: int = 128, longest: int = 32768, seed: int
     return Cell(max(lengths), batch, 128, kv_lens=lengths)
 
 
+def other_pages() -> list[Cell]:
+    """What shows the cost of a page size, against the same cell with pages of 64."""
+    return [
+        Cell(4096, 128, heads, page_size=size) for heads in (64, 128) for size in OTHER_PAGE_SIZES
+    ]
+
+
 def all_cells() -> list[Cell]:
     cells = [
         Cell(kv_len, batch, heads)
@@ -75,7 +86,7 @@ def all_cells() -> list[Cell]:
         for heads in (16, 64, 128)
         if kv_len < 65536 or batch == 1
     ]
-    return [*cells, Cell(4096, 128, 128, s_q=2), skewed()]
+    return [*cells, Cell(4096, 128, 128, s_q=2), skewed(), *other_pages()]
 
 
 def select(patterns: Sequence[str]) -> list[Cell]:

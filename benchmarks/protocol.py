@@ -10,7 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from cells import LATENT, PAGE_SIZE, ROPE, SOFTMAX_SCALE, Cell
+from cells import LATENT, ROPE, SOFTMAX_SCALE, Cell
 
 from mla_triton import timing
 from mla_triton.kernels.common.launch import Launcher
@@ -30,7 +30,7 @@ class Inputs:
     q: torch.Tensor
     """`[batch, s_q, heads, 576]`: latent part, then rope part."""
     caches: torch.Tensor
-    """`[copies, pages, 64, 576]`: each call works on one copy, so that it finds it cold."""
+    """`[copies, pages, page_size, 576]`: each call works on one copy, so that it finds it cold."""
     page_table: torch.Tensor
     """`[batch, pages of the longest request]` int32, in random order; the same in every copy."""
     kv_lens: torch.Tensor
@@ -50,7 +50,7 @@ class Inputs:
 
 def make_inputs(cell: Cell, device: torch.device, seed: int = 0) -> Inputs:
     generator = torch.Generator(device).manual_seed(seed)
-    pages_each = torch.tensor([-(-length // PAGE_SIZE) for length in cell.lengths])
+    pages_each = torch.tensor([-(-length // cell.page_size) for length in cell.lengths])
     pages = int(pages_each.sum())
     copies = timing.cold_copies(cell.cache_bytes)
 
@@ -64,7 +64,7 @@ def make_inputs(cell: Cell, device: torch.device, seed: int = 0) -> Inputs:
     return Inputs(
         cell,
         q=normal(cell.batch, cell.s_q, cell.heads, LATENT + ROPE),
-        caches=normal(copies, pages, PAGE_SIZE, LATENT + ROPE),
+        caches=normal(copies, pages, cell.page_size, LATENT + ROPE),
         page_table=page_table,
         kv_lens=torch.tensor(cell.lengths, dtype=torch.int32, device=device),
     )

@@ -31,9 +31,10 @@ every figure in it comes from one run of
 ```
 
 A cell `s4096-b16-h128` is one decode step of 16 requests with 4096 cached tokens each and 128
-heads; `-q2` stands for two query tokens a request, causal; `skewed-b64-h128` for 64 requests with
-log-uniform lengths from 128 to 32768, 277050 tokens in all. `us` is attention and combine with the
-schedule made before and reused, as over the layers of a model; `+schedule` makes it in every call.
+heads; `-q2` stands for two query tokens a request, causal; `-p1` for pages of one token, where
+others have 64; `skewed-b64-h128` for 64 requests with log-uniform lengths from 128 to 32768, 277050
+tokens in all. `us` is attention and combine with the schedule made before and reused, as over the
+layers of a model; `+schedule` makes it in every call.
 `floor` is what the bytes and the arithmetic take at the ceilings measured in the same run. A shape
 whose check against the float64 oracle fails has no speed. Differences under 3 % in one run, and
 under 5 % between runs, are noise.

@@ -17,9 +17,9 @@ from cells import SUSTAINED_SECONDS
 SCHEMA = 1
 HERE = Path(__file__).parent
 PROTOCOL = (
-    "bfloat16, latent 512 + rope 64, page 64, pages of a request scattered at random, N(0,1) data, "
-    "scale 192**-0.5; a CUDA graph of calls, each on its own slice of a cache of 200 MB or more, "
-    "replayed; median of event-timed replays over the calls"
+    "bfloat16, latent 512 + rope 64, page 64 where a cell names no other, pages of a request "
+    "scattered at random, N(0,1) data, scale 192**-0.5; a CUDA graph of calls, each on its own "
+    "slice of a cache of 200 MB or more, replayed; median of event-timed replays over the calls"
 )
 PEERS = HERE / "peers_h200.json"
 

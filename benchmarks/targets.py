@@ -12,7 +12,7 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ TERABYTES = {"s16384-b128-h16": 4.4, "s16384-b128-h64": 4.4}
 TERAFLOPS = {"s16384-b128-h128": 680.0, "s4096-b128-h128-q2": 690.0}
 SUSTAINED_TERAFLOPS = {cell_list.SUSTAINED_CELL: 560.0}
 """What the kernels for Hopper are to reach on an H200."""
+PAGE_SHARES = {1: 0.85, 16: 0.85, 32: 0.85, 128: 0.97}
+"""Of the speed at pages of 64 tokens, by page size."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,11 @@ def evaluate(results: dict[str, Any], peers: dict[str, dict[str, float]]) -> Ite
             limit,
             got(cell, "sustained_us"),
         )
+    for cell in cell_list.other_pages():
+        plain = got(replace(cell, page_size=cell_list.PAGE_SIZE).name)
+        share = PAGE_SHARES[cell.page_size]
+        limit, us = (math.inf, None) if plain is None else (plain / share, got(cell.name))
+        yield Verdict(f"{share} of the speed at pages of 64", cell.name, limit, us)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -35,7 +35,11 @@ HOPPER: tuple[dict[str, Any], ...] = (
     {"heads": 128, "dtype": torch.float16, "page_size": 128, "causal": False},
     {"heads": 5, "dtype": torch.float16, "page_size": 32, "table": "csr"},
     {"heads": 40, "dtype": torch.bfloat16, "page_size": 16},
+    {"heads": 40, "dtype": torch.bfloat16, "page_size": 1},
+    {"heads": 20, "dtype": torch.float16, "page_size": 48, "layout": "pair", "table": "csr"},
     {"heads": 40, "dtype": torch.bfloat16, "latent": 256, "rope": 64},
+    {"heads": 40, "dtype": torch.bfloat16, "latent": 512, "rope": 0, "page_size": 7},
+    {"heads": 128, "dtype": torch.bfloat16, "latent": 512, "rope": 0},
     {"heads": 128, "dtype": torch.bfloat16, "s_q": 2},
     {"heads": 16, "dtype": torch.float16, "q_lens": (3, 1, 0, 33)},
     {"heads": 20, "dtype": torch.bfloat16, "layout": "pair", "strided": 16},
@@ -43,18 +47,21 @@ HOPPER: tuple[dict[str, Any], ...] = (
 
 
 def decode_all(way: Way) -> int:
-    """Decodes every problem of a way, and one whose lengths and page ids lie; how many."""
+    """Decodes every problem of a way, and two whose lengths and page ids lie; how many."""
     problems = PORTABLE if way.impl == "portable" else HOPPER
     for problem in problems:
         inputs = decode_inputs(kv_lens=KV_LENS, **problem)
         state = run(inputs.to("cuda"), way)
         assert_within_budget(AttentionState(*(tensor.cpu() for tensor in state)), inputs)
-    wrong = decode_inputs(kv_lens=(300, 100), heads=16, device="cuda")
-    wrong.page_table.copy_(torch.tensor([[-5], [2**31 - 1]], dtype=torch.int32))
-    wrong.kv_lens.copy_(torch.tensor([2**31 - 1, -7], dtype=torch.int32))
-    run(wrong, way)
-    torch.cuda.synchronize()
-    return len(problems) + 1
+    for page_size in (64, 1):
+        wrong = decode_inputs(
+            kv_lens=(300, 100), heads=16, page_size=page_size, dtype=torch.float16, device="cuda"
+        )
+        wrong.page_table.copy_(torch.tensor([[-5], [2**31 - 1]], dtype=torch.int32))
+        wrong.kv_lens.copy_(torch.tensor([2**31 - 1, -7], dtype=torch.int32))
+        run(wrong, way)
+        torch.cuda.synchronize()
+    return len(problems) + 2
 
 
 def main(name: str) -> int:
