@@ -10,7 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from cells import LATENT, ROPE, SOFTMAX_SCALE, Cell
+from cells import LATENT, ROPE, SOFTMAX_SCALE, SUSTAINED_SECONDS, Cell
 
 from mla_triton import timing
 from mla_triton.kernels.common.launch import Launcher
@@ -75,7 +75,7 @@ def ceilings(device: torch.device) -> dict[str, float]:
     return {
         "read_gbps": timing.read_bandwidth(device) / 1e9,
         "copy_gbps": _copy_gbps(device),
-        "matmul_tflops": _matmul_tflops(device),
+        **_matmul_tflops(device),
     }
 
 
@@ -87,12 +87,19 @@ def _copy_gbps(device: torch.device) -> float:
     return 2 * source.nbytes / timing.microseconds(calls) / 1e3
 
 
-def _matmul_tflops(device: torch.device) -> float:
+def _matmul_tflops(device: torch.device) -> dict[str, float]:
+    """Of a burst, and of a load that goes on, at which a card is held to its power."""
+
     def operand() -> torch.Tensor:
         return torch.randn(MATMUL_SIZE, MATMUL_SIZE, dtype=torch.bfloat16, device=device)
 
     a, b, out = operand(), operand(), operand()
-    return 2 * MATMUL_SIZE**3 / timing.microseconds([lambda: torch.matmul(a, b, out=out)]) / 1e6
+    calls = [lambda: torch.matmul(a, b, out=out)]
+    flops = 2 * MATMUL_SIZE**3 / 1e6
+    return {
+        "matmul_tflops": flops / timing.microseconds(calls),
+        "sustained_matmul_tflops": flops / sustained_microseconds(calls, SUSTAINED_SECONDS),
+    }
 
 
 def sustained_microseconds(calls: Sequence[Callable[[], object]], seconds: float) -> float:

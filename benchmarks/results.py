@@ -145,8 +145,12 @@ def table(results: dict[str, Any], against: dict[str, dict[str, float]]) -> list
 
 
 def sustained(results: dict[str, Any]) -> list[str]:
-    """A sentence for each cell that was also measured under a long load."""
-    return [
+    """A sentence for each cell that was also measured under a long load, and for the matmul."""
+    lines = []
+    if "sustained_matmul_tflops" in results["ceilings"]:
+        rate = results["ceilings"]["sustained_matmul_tflops"]
+        lines.append(f"The matmul without a pause for {SUSTAINED_SECONDS} s: {rate:.0f} TFLOP/s.")
+    return lines + [
         f"{cell['cell']} without a pause for {SUSTAINED_SECONDS} s: "
         f"{cell['sustained_us']:.1f} us a call, {cell['sustained_tflops']:.0f} TFLOP/s."
         for cell in results["cells"]

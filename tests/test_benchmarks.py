@@ -73,7 +73,12 @@ def recording(gpu: str = "NVIDIA H200", **changes: dict[str, Any]) -> dict[str, 
             "commit": "abcdef0",
             "command": "python benchmarks/decode.py",
         },
-        "ceilings": {"read_gbps": 4600.0, "copy_gbps": 4270.0, "matmul_tflops": 800.0},
+        "ceilings": {
+            "read_gbps": 4600.0,
+            "copy_gbps": 4270.0,
+            "matmul_tflops": 800.0,
+            "sustained_matmul_tflops": 680.0,
+        },
         "host_us": 15.0,
         "host_add_us": 5.0,
         "cells": [
@@ -225,6 +230,7 @@ def test_page_of_a_run(tmp_path):
     assert "No run is recorded" not in text
     assert "commit abcdef0, 2026-01-01" in text
     assert "vs mine" in text
+    assert "The matmul without a pause for 1.5 s: 680 TFLOP/s." in text
     assert "vs flashinfer_fa2" in text
     assert "| s1024-b16-h64 | check failed |" in text
     assert "147 of 152 are met" in text
