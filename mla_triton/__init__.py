@@ -7,6 +7,7 @@ says how close a kernel has to come to it.
 
 from mla_triton.cache import CSRPageTable, LatentCache
 from mla_triton.ops.decode import decode
+from mla_triton.ops.merge import merge
 from mla_triton.ops.plan import Plan, plan
 from mla_triton.state import AttentionState
 from mla_triton.tuning import tune, warmup
@@ -19,6 +20,7 @@ __all__ = [
     "LatentCache",
     "Plan",
     "decode",
+    "merge",
     "plan",
     "tune",
     "warmup",

@@ -12,6 +12,7 @@ from functools import cache
 
 import torch
 
+from mla_triton import memory
 from mla_triton.cache import CSRPageTable, LatentCache
 from mla_triton.validate import fail
 
@@ -61,7 +62,7 @@ def check_decode(
     read = {"q_nope": q_nope, "q_rope": q_rope, cache_name: ckv, "cache.kpe": kpe}
     for name, result, others in (("out", out, read | {"lse": lse}), ("lse", lse, read)):
         for other_name, other in others.items():
-            if other is not None and share_memory(result, other):
+            if other is not None and memory.share(memory.of(result), memory.of(other)):
                 rule = f"not share memory with {other_name}"
                 fail(ValueError, name, rule, "tensors that overlap")
 
@@ -80,37 +81,3 @@ def check_schedule(
     if not torch.equal(schedule, fresh):
         rule = "be of the lengths of this call (Plan.update makes it so)"
         fail(ValueError, "plan", rule, "a schedule of other lengths")
-
-
-def share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether any byte belongs to both tensors."""
-    if not one.numel() or not other.numel() or not _ranges_meet(one, other):
-        return False
-    (starts, size), (other_starts, other_size) = _runs(one), _runs(other)
-    # Of the other tensor's runs that begin before the end of a run, the last reaches furthest.
-    last = torch.searchsorted(other_starts, starts + size) - 1
-    return bool(((last >= 0) & (other_starts[last.clamp_min(0)] + other_size > starts)).any())
-
-
-def _ranges_meet(one: torch.Tensor, other: torch.Tensor) -> bool:
-    (begin, end), (other_begin, other_end) = (
-        (t.data_ptr(), t.data_ptr() + t.element_size() * (1 + _reach(t))) for t in (one, other)
-    )
-    return begin < other_end and other_begin < end
-
-
-def _reach(tensor: torch.Tensor) -> int:
-    """Elements from the first to the last."""
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    return sum((size - 1) * stride for size, stride in steps)
-
-
-def _runs(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """(sorted addresses of the contiguous runs of a tensor, bytes of each)."""
-    if tensor.stride(-1) != 1:
-        tensor = tensor[..., None]
-    starts = torch.tensor([tensor.data_ptr()])
-    item = tensor.element_size()
-    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
-        starts = (starts[:, None] + torch.arange(size) * (stride * item)).flatten()
-    return starts.sort().values, tensor.shape[-1] * item

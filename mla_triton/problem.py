@@ -110,3 +110,53 @@ class DecodeProblem:
     def rows(self) -> int:
         """(query, head) pairs of an average request: the rows that share its keys."""
         return self.mean_s_q * self.heads
+
+
+Steps = tuple[int, int, int]
+"""Elements from one index to the next, in each of the three dimensions that rows lie in."""
+NO_STEPS = (0, 0, 0)
+MOST_APART = 8
+"""States in tensors of their own that one merge takes: each has an address among the arguments of
+a launch."""
+
+
+@dataclass(frozen=True)
+class MergeProblem:
+    """Attention states of the same queries over different keys, to be merged into one."""
+
+    first_dtype: torch.dtype
+    """Of the first state's `out`."""
+    other_dtype: torch.dtype
+    """Of that of all others."""
+    out_dtype: torch.dtype
+    """Of the result's."""
+    states: int
+    value_dim: int
+    masked: bool
+    """Whether some rows stay as they are in the first state."""
+    rank: int
+    """Dimensions that rows, (query token, head) pairs, lie in: 1 where each tensor is one evenly
+    spaced line of them, at most 3."""
+    aligned: bool
+    """Whether every row begins at a multiple of 16 bytes."""
+    rows: int
+
+
+class MergeLayout(NamedTuple):
+    """Where the rows of a merge lie: numbers that change no code."""
+
+    middle: int
+    """Size of the second of three dimensions that rows lie in."""
+    inner: int
+    """Size of the third."""
+    first_out: Steps
+    first_lse: Steps
+    other_out: Steps
+    """Of all states but the first."""
+    other_lse: Steps
+    mask: Steps
+    out: Steps
+    lse: Steps
+    next_out: int = 0
+    """Elements from one state of a stack to the next."""
+    next_lse: int = 0

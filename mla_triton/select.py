@@ -17,9 +17,10 @@ from mla_triton.device import Device
 from mla_triton.kernels import sm90
 from mla_triton.kernels.portable import decode as portable_decode
 from mla_triton.kernels.portable import decode_config as portable_config
+from mla_triton.kernels.portable import merge as portable_merge
 from mla_triton.kernels.sm90 import decode_config as sm90_config
 from mla_triton.plan import Geometry
-from mla_triton.problem import DecodeProblem
+from mla_triton.problem import DecodeProblem, MergeProblem
 
 DECODE = ("sm90", "portable", "reference")
 """Implementations of decode, best first."""
@@ -32,14 +33,14 @@ Reasons = tuple[tuple[str, str | None], ...]
 class Selection(NamedTuple):
     name: str
     module: ModuleType
-    """`mla_triton.kernels.<name>.decode`, or `mla_triton.reference`."""
+    """`mla_triton.kernels.<name>.decode` or `.merge`, or `mla_triton.reference`."""
     reasons: Reasons
 
 
-def why_not_reference(device: Device) -> str | None:
-    """The reference copies lengths to the host and gathers every key: never on a GPU by itself."""
+def why_not_reference(device: Device, cost: str = "it synchronises and copies") -> str | None:
+    """The reference copies, and that of decode reads lengths: never on a GPU by itself."""
     if device.backend in ("cuda", "hip"):
-        return "it synchronises and copies; on a GPU it runs only when asked for (impl='reference')"
+        return f"{cost}; on a GPU it runs only when asked for (impl='reference')"
     return None
 
 
@@ -87,18 +88,26 @@ def name_decode(
         ("portable", portable_config.why_not(problem, device)),
         ("reference", why_not_reference(device)),
     )
+    return _taken("decode", reasons, device, impl), reasons
+
+
+def _taken(operation: str, reasons: Reasons, device: Device, impl: str | None) -> str:
+    """The first without a reason against it, or `impl`; raises where that cannot be."""
     if impl is not None:
-        if impl not in DECODE:
-            raise ValueError(f"impl must be one of {', '.join(DECODE)}, got {impl!r}")
-        reason = dict(reasons)[impl]
+        known = dict(reasons)
+        if impl not in known:
+            raise ValueError(f"impl must be one of {', '.join(known)}, got {impl!r}")
+        reason = known[impl]
         if reason is not None and impl != "reference":
-            raise NotImplementedError(f"impl {impl!r} cannot run this decode: {reason}")
-        return impl, reasons
+            raise NotImplementedError(f"impl {impl!r} cannot run this {operation}: {reason}")
+        return impl
     for name, reason in reasons:
         if reason is None:
-            return name, reasons
+            return name
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons)
-    raise NotImplementedError(f"no implementation of decode can run on {device.label}: {listed}")
+    raise NotImplementedError(
+        f"no implementation of {operation} can run on {device.label}: {listed}"
+    )
 
 
 def choose_decode(
@@ -113,4 +122,18 @@ def choose_decode(
 
 
 decode = lru_cache(maxsize=4096)(choose_decode)
+"""The same, remembered."""
+
+
+def choose_merge(problem: MergeProblem, device: Device, impl: str | None = None) -> Selection:
+    """What merges states on a device; raises as `name_decode` does."""
+    reasons = (
+        ("portable", portable_merge.why_not(problem, device)),
+        ("reference", why_not_reference(device, "it copies, in float64")),
+    )
+    name = _taken("merge", reasons, device, impl)
+    return Selection(name, portable_merge if name == "portable" else reference, reasons)
+
+
+merge = lru_cache(maxsize=1024)(choose_merge)
 """The same, remembered."""

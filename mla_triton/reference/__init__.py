@@ -1,6 +1,7 @@
 """What every operation means, in plain PyTorch: slow, exact, on any device, without Triton."""
 
 from mla_triton.reference.decode import decode, decode_same_precision
+from mla_triton.reference.merge import merge, merge_same_precision
 from mla_triton.reference.paging import gather_keys, visible_lengths
 from mla_triton.reference.unabsorbed import absorb_queries, attention, project_values
 
@@ -10,6 +11,8 @@ __all__ = [
     "decode",
     "decode_same_precision",
     "gather_keys",
+    "merge",
+    "merge_same_precision",
     "project_values",
     "visible_lengths",
 ]
