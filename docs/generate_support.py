@@ -80,7 +80,8 @@ def summary(compiled: Sequence[Compiled]) -> str:
         others = [row for row in every if not row.case.is_decode]
         lines.append(
             f"| {label} | {device.name} and its kind | {device.shared_memory // 1024} KiB "
-            f"| {family(rows)} | {len(rows)} of decode, {len(others)} of combine and schedule |"
+            f"| {family(rows)} "
+            f"| {len(rows)} of decode, {len(others)} of combine, schedule and merge |"
         )
     return "\n".join(lines) + "\n"
 
@@ -143,7 +144,7 @@ def page(compiled: Sequence[Compiled]) -> str:
             f"### {label}\n\n"
             + decode_table([row for row in rows if row.case.kernel == "portable"])
             + (f"\n{HOPPER}\n{decode_table(hopper)}" if hopper else "")
-            + "\nCombine and schedule: at most "
+            + "\nCombine, schedule and merge: at most "
             f"{max(r.resources.shared_memory for r in small)} bytes of shared memory and "
             f"{max(r.resources.spilled for r in small)} bytes of spills.\n"
         )

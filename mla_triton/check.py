@@ -1,4 +1,5 @@
-"""Decodes the shapes of real models and holds each result against the float64 reference.
+"""Decodes the shapes of real models, merges states of one, and holds each result against the
+float64 reference.
 
 On a GPU the requests are long, of very different lengths, and what is right is timed as well. In
 Triton's interpreter the same kernels run as Python: fewer heads and keys, no word about speed.
@@ -14,9 +15,18 @@ from typing import Any
 import torch
 
 import mla_triton
-from mla_triton import configs, select, validate
+from mla_triton import configs, select, validate, validate_merge
 from mla_triton import device as devices
-from mla_triton.testing import MODELS, DecodeInputs, compare, decode_budget, decode_inputs
+from mla_triton.testing import (
+    MODELS,
+    DecodeInputs,
+    MergeInputs,
+    Report,
+    compare,
+    decode_budget,
+    decode_inputs,
+    merge_inputs,
+)
 
 LONG = (32768, 16384, *[2048] * 8, *[1024] * 12, *[512] * 8, 4097, 130, 65, 64, 63, 1, 0)
 """Keys of each request on a GPU: one holds a third of all, and one nothing."""
@@ -73,6 +83,35 @@ class Case:
 
 
 @dataclass(frozen=True)
+class MergeCase:
+    """One merge of states that a decode of DeepSeek-V3 leaves."""
+
+    tokens: int
+    heads: int
+    states: int = 2
+    dtype: torch.dtype = torch.bfloat16
+    value_dim: int = 512
+
+    @property
+    def shape(self) -> str:
+        return f"merge t{self.tokens} h{self.heads} {self.value_dim}"
+
+    @property
+    def call(self) -> str:
+        return f"{self.states} states"
+
+    def inputs(self, device: torch.device) -> MergeInputs:
+        return merge_inputs(
+            states=self.states,
+            tokens=(self.tokens,),
+            heads=self.heads,
+            value_dim=self.value_dim,
+            dtype=self.dtype,
+            device=device,
+        )
+
+
+@dataclass(frozen=True)
 class Row:
     """What came of a case. Without a result that is right there is no speed."""
 
@@ -93,6 +132,10 @@ class Row:
 
 def cases(on_gpu: bool) -> list[Case]:
     return _gpu_cases() if on_gpu else _interpreter_cases()
+
+
+def merges(on_gpu: bool) -> list[MergeCase]:
+    return [MergeCase(512, 128)] if on_gpu else [MergeCase(5, 16)]
 
 
 def _gpu_cases() -> list[Case]:
@@ -146,9 +189,12 @@ def _interpreter_cases() -> list[Case]:
 
 
 def run(
-    todo: Iterable[Case], kv_lens: Sequence[int], device: torch.device, bandwidth: float | None
+    todo: Iterable[Case | MergeCase],
+    kv_lens: Sequence[int],
+    device: torch.device,
+    bandwidth: float | None,
 ) -> Iterator[Row]:
-    """Decodes and judges each case; `bandwidth` is bytes per second, None where nothing is timed.
+    """Computes and judges each case; `bandwidth` is bytes per second, None where nothing is timed.
 
     A case that raises is a row that failed: one broken shape does not hide the others.
     """
@@ -157,7 +203,10 @@ def run(
             case.shape, str(case.dtype).removeprefix("torch."), case.call, "-", "-", False, ""
         )
         try:
-            yield _judged(case, row, kv_lens, device, bandwidth)
+            if isinstance(case, MergeCase):
+                yield _judged_merge(case, row, device, bandwidth)
+            else:
+                yield _judged(case, row, kv_lens, device, bandwidth)
         except Exception as error:
             yield replace(row, message=f"{type(error).__name__}: {error}")
 
@@ -170,18 +219,55 @@ def _judged(
     row = replace(row, implementation=implementation, config=config)
     arguments, options = inputs.call_arguments()
     state = mla_triton.decode(*arguments, **options)
-    report = compare(state, inputs, decode_budget(inputs))
-    row = replace(
+    row = _with_report(row, compare(state, inputs, decode_budget(inputs)))
+    if not row.ok or bandwidth is None:
+        return row
+    moved = _bytes(inputs, state.out)
+    return _with_time(row, _microseconds(inputs, implementation, moved), moved, bandwidth)
+
+
+def _judged_merge(case: MergeCase, row: Row, device: torch.device, bandwidth: float | None) -> Row:
+    inputs = case.inputs(device)
+    (states,), _ = inputs.call_arguments()
+    outs, lses = validate_merge.unpack(states)
+    problem = validate_merge.merge(outs, lses, None, *inputs.output_buffers().values()).problem
+    here = devices.of(device)
+    chosen = select.merge(problem, here)
+    config = "-"
+    if chosen.name != "reference":
+        config = _config_text(configs.choose(chosen.module, problem, here, None).config)
+    row = replace(row, implementation=chosen.name, config=config)
+    state = mla_triton.merge(states)
+    row = _with_report(row, compare(state, inputs))
+    if not row.ok or bandwidth is None:
+        return row
+    from mla_triton import timing
+
+    moved = sum(tensor.nbytes for each in (*states, state) for tensor in each)
+    copies = [
+        [mla_triton.AttentionState(*(t.clone() for t in each)) for each in (*states, state)]
+        for _ in range(timing.cold_copies(moved))
+    ]
+
+    def call_on(copy: list[mla_triton.AttentionState]) -> Any:
+        *given, result = copy
+        return lambda: mla_triton.merge(given, out=result.out, lse=result.lse)
+
+    us = timing.microseconds([call_on(copy) for copy in copies])
+    return _with_time(row, us, moved, bandwidth)
+
+
+def _with_report(row: Row, report: Report) -> Row:
+    return replace(
         row,
         ok=report.ok,
         message=report.message,
         error=_number(report.out_error),
         budget=_number(report.out_budget),
     )
-    if not report.ok or bandwidth is None:
-        return row
-    moved = _bytes(inputs, state.out)
-    us = _microseconds(inputs, implementation, moved)
+
+
+def _with_time(row: Row, us: float, moved: int, bandwidth: float) -> Row:
     percent = 100 * moved / (us * 1e-6) / bandwidth
     return replace(row, us=us, gbps=moved / us / 1e3, bandwidth_percent=percent)
 
@@ -212,8 +298,11 @@ def _what_runs(inputs: DecodeInputs) -> tuple[str, str]:
     chosen = select.decode(problem, device)
     if chosen.name == "reference":
         return chosen.name, "-"
-    config = str(configs.choose(chosen.module, problem, device).config)
-    return chosen.name, config.removeprefix("Config(").removesuffix(")").replace("num_", "")
+    return chosen.name, _config_text(configs.choose(chosen.module, problem, device).config)
+
+
+def _config_text(config: Any) -> str:
+    return str(config).removeprefix("Config(").removesuffix(")").replace("num_", "")
 
 
 def _bytes(inputs: DecodeInputs, out: torch.Tensor) -> int:

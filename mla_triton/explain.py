@@ -1,14 +1,16 @@
-"""What would run a decode on a card, how it would be cut, and why nothing else runs it."""
+"""What would run a decode or a merge on a card, how, and why nothing else runs it."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, fields
 from typing import Any
 
+import torch
+
 from mla_triton import configs, select
 from mla_triton.device import Device
 from mla_triton.plan import Geometry, schedule
-from mla_triton.problem import DecodeProblem
+from mla_triton.problem import DecodeProblem, MergeProblem
 
 
 def device_facts(device: Device) -> dict[str, Any]:
@@ -32,33 +34,57 @@ def decode(
     Raises NotImplementedError, with the reason, for an `impl` that cannot run.
     """
     selection = select.decode(problem, device, impl)
-    facts: dict[str, Any] = {
-        "problem": _problem_facts(problem, kv_len),
-        "device": device_facts(device),
-        "implementation": selection.name,
-        "asked_for": impl,
-        "candidates": [{"name": name, "why_not": reason} for name, reason in selection.reasons],
-        "config": None,
-        "geometry": None,
-        "schedule": None,
-    }
+    facts = _facts(_problem_facts(problem, kv_len), device, selection, impl)
+    facts |= {"geometry": None, "schedule": None}
     if selection.name != "reference":
         choice = configs.choose(selection.module, problem, device)
         geometry = selection.module.geometry(problem, device)
-        facts["config"] = {
-            "text": str(choice.config),
-            "source": choice.source,
-            "reason": choice.reason,
-            **asdict(choice.config),
-        }
+        facts["config"] = _config_facts(choice)
         facts["geometry"] = asdict(geometry) | {"programs": geometry.lanes * geometry.parts}
         facts["schedule"] = _schedule_facts(problem, geometry, kv_len)
     return facts
 
 
+def merge(problem: MergeProblem, device: Device, impl: str | None = None) -> dict[str, Any]:
+    """The same of a merge."""
+    selection = select.merge(problem, device, impl)
+    said = {field.name: getattr(problem, field.name) for field in fields(problem)}
+    said = {name: _plain(value) for name, value in said.items()}
+    facts = _facts(said, device, selection, impl)
+    if selection.name != "reference":
+        facts["config"] = _config_facts(configs.choose(selection.module, problem, device, None))
+    return facts
+
+
+def _facts(
+    problem: dict[str, Any], device: Device, selection: select.Selection, impl: str | None
+) -> dict[str, Any]:
+    return {
+        "problem": problem,
+        "device": device_facts(device),
+        "implementation": selection.name,
+        "asked_for": impl,
+        "candidates": [{"name": name, "why_not": reason} for name, reason in selection.reasons],
+        "config": None,
+    }
+
+
+def _config_facts(choice: configs.Choice) -> dict[str, Any]:
+    return {
+        "text": str(choice.config),
+        "source": choice.source,
+        "reason": choice.reason,
+        **asdict(choice.config),
+    }
+
+
+def _plain(value: Any) -> Any:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
 def _problem_facts(problem: DecodeProblem, kv_len: int) -> dict[str, Any]:
     values = {field.name: getattr(problem, field.name) for field in fields(problem)}
-    values |= {"dtype": str(problem.dtype).removeprefix("torch."), "kv_len": kv_len}
+    values |= {"dtype": _plain(problem.dtype), "kv_len": kv_len}
     return {name: value for name, value in values.items() if name != "num_pages"}
 
 
@@ -101,6 +127,26 @@ def lines(facts: dict[str, Any]) -> list[str]:
             f"schedule  {made['groups']} groups of rows, each in up to {made['splits']} pieces: "
             f"{made['parts_used']} parts have work, {made['merged_groups']} groups are merged",
         ]
+    return text + _others(facts)
+
+
+def merge_lines(facts: dict[str, Any]) -> list[str]:
+    """The facts of a merge for a reader."""
+    problem, config = facts["problem"], facts["config"]
+    text = [
+        f"problem   merge of {problem['states']} states, {problem['rows']} rows of "
+        f"{problem['value_dim']}, {problem['first_dtype']}",
+        f"device    {device_line(facts['device'])}",
+        f"runs      {facts['implementation']}",
+    ]
+    if config is not None:
+        text += [f"config    {config['text']}", f"because   {config['reason']}"]
+    return text + _others(facts)
+
+
+def _others(facts: dict[str, Any]) -> list[str]:
+    """A line for each implementation that does not run."""
+    text = []
     rest = [c for c in facts["candidates"] if c["name"] != facts["implementation"]]
     asked_for = facts["asked_for"]
     preferred = f"{asked_for} was asked for" if asked_for else "the one above comes first"

@@ -136,6 +136,17 @@ def merge_without_memory(
     check_rules(_call_of(outs, lses, mask, out, lse, aligned=False))
 
 
+def described(
+    outs: Sequence[torch.Tensor],
+    lses: Sequence[torch.Tensor],
+    mask: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> MergeProblem:
+    """What a call with such tensors, aligned, is to the package: found on no memory."""
+    return merge_of(_call_of(outs, lses, mask, out, lse, aligned=True)).problem
+
+
 def _call_of(
     outs: Sequence[torch.Tensor],
     lses: Sequence[torch.Tensor],
@@ -220,7 +231,8 @@ def merge_of(call: MergeCall) -> Merge:
         states=count,
         value_dim=value_dim,
         masked=mask is not None,
-        rank=max(1, len(sizes)),
+        # Of one token, too, a mask is that of all its heads: no variant of its own for that.
+        rank=max(1 if mask is None else 2, len(sizes)),
         aligned=call.aligned
         and nexts[0] % ALIGNMENT == 0
         and all(_rows_aligned(layout) for layout in wide),

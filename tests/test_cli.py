@@ -195,6 +195,7 @@ def few(monkeypatch: pytest.MonkeyPatch, count: int = 2) -> None:
     """Only the first cases, of a few keys."""
     some = check.cases(HAS_GPU)[:count]
     monkeypatch.setattr(check, "cases", lambda on_gpu: some)
+    monkeypatch.setattr(check, "merges", lambda on_gpu: [])
     monkeypatch.setattr(check, "LONG", check.SHORT)
 
 
@@ -286,6 +287,40 @@ def test_what_is_right_is_timed(monkeypatch, device):
     assert all(len(line) <= 140 for line in lines)
 
 
+def test_check_merges(monkeypatch, device):
+    """Two states are read and one is written, in the 10 us that the clock always says."""
+    monkeypatch.setattr(timing, "microseconds", lambda calls: calls[-1]() and 10.0)
+    (case,) = check.merges(False)
+    (row,) = check.run([case], check.SHORT, device, bandwidth=1e12)
+    assert row.ok, row.message
+    assert (row.shape, row.call, row.implementation) == (
+        "merge t5 h16 512", "2 states", "portable"
+    )  # fmt: skip
+    assert "rows" in row.config
+    assert row.gbps == pytest.approx(3 * 5 * 16 * (512 * 2 + 4) / 10 / 1e3)
+
+
+def test_check_fails_where_a_merge_loses_a_state(monkeypatch, device):
+    monkeypatch.setattr(mla_triton, "merge", lambda states: states[0])
+    (row,) = check.run(check.merges(False), check.SHORT, device, bandwidth=1e12)
+    assert not row.ok
+    assert row.us is None
+
+
+def test_explain_a_merge(capsys):
+    facts = answer(capsys, "explain", "--capability", "8.9", "--states", "3", "--heads", "8")
+    assert facts["implementation"] == "portable"
+    assert facts["problem"]["rows"] == 16 * 8
+    assert facts["config"]["source"] == "heuristic"
+    assert cli.main(["explain", "--capability", "cpu", "--states", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "problem   merge of 2 states, 2048 rows of 512, bfloat16"
+    assert "runs      reference" in lines
+    with pytest.raises(SystemExit):
+        cli.main(["explain", "--states", "1"])
+    assert "states must be two or more, got 1" in capsys.readouterr().err
+
+
 def test_check_covers_the_models():
     on_gpu, interpreted = check.cases(True), check.cases(False)
     for cases in (on_gpu, interpreted):
@@ -308,5 +343,5 @@ def test_check_turns_the_interpreter_on():
     facts = json.loads(done.stdout)
     assert facts["device"]["backend"] == "interpreter"
     assert facts["gpu_code_executed"] is False
-    assert len(facts["rows"]) == len(check.cases(False))
+    assert len(facts["rows"]) == len(check.cases(False)) + len(check.merges(False))
     assert {row["implementation"] for row in facts["rows"]} == {"portable"}

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from mla_triton import reference, testing
 from mla_triton.cache import CSRPageTable, LatentCache
 from mla_triton.state import AttentionState
-from mla_triton.testing import DecodeBudget, DecodeInputs, decode_inputs
+from mla_triton.testing import Budget, DecodeInputs, decode_inputs
 from mla_triton.testing.problems import UNUSED_PAGE
 from mla_triton.testing.strategies import decode_problems
 
@@ -232,7 +232,7 @@ FAULTS_OF_FINER_DTYPES = {
 
 
 @lru_cache
-def many_keys(dtype: torch.dtype, logits: str = "normal") -> tuple[DecodeInputs, DecodeBudget]:
+def many_keys(dtype: torch.dtype, logits: str = "normal") -> tuple[DecodeInputs, Budget]:
     inputs = decode_inputs(
         kv_lens=[300, 270], s_q=2, heads=4, latent=128, rope=32, dtype=dtype, logits=logits
     )

@@ -20,7 +20,7 @@ from mla_triton.cli.options import Commands, add_command, natural, positive, sho
 from mla_triton.configs import cache_directory
 from mla_triton.device import Device
 from mla_triton.explain import device_facts, device_line
-from mla_triton.problem import DecodeProblem, RowSteps
+from mla_triton.problem import DecodeProblem, MergeProblem, RowSteps
 from mla_triton.tuning.deployment import DTYPES, MAX_HEADS
 
 
@@ -54,6 +54,7 @@ def _add_shape(command: argparse.ArgumentParser) -> None:
     add("--csr", action="store_true", help="page table in CSR form")
     add("--ragged", action="store_true", help="query tokens by cu_seqlens_q, --s-q on average")
     add("--no-causal", action="store_true")
+    add("--states", type=positive, metavar="N", help="a merge of N such states, instead of decode")
 
 
 def info(arguments: argparse.Namespace) -> int:
@@ -94,10 +95,16 @@ def explain(arguments: argparse.Namespace) -> int:
     """What would run, on the card here or one that is described."""
     try:
         device = _card(arguments)
-        facts = explanation.decode(_problem(arguments), device, arguments.kv_len, arguments.impl)
+        problem = _problem(arguments)
+        if arguments.states is None:
+            facts = explanation.decode(problem, device, arguments.kv_len, arguments.impl)
+            lines = explanation.lines(facts)
+        else:
+            facts = explanation.merge(_merge(arguments.states, problem), device, arguments.impl)
+            lines = explanation.merge_lines(facts)
     except (ValueError, NotImplementedError) as error:
         arguments.parser.error(str(error))
-    show(facts, arguments, explanation.lines(facts))
+    show(facts, arguments, lines)
     return 0
 
 
@@ -148,8 +155,25 @@ def _problem(arguments: argparse.Namespace) -> DecodeProblem:
     )
 
 
+def _merge(states: int, problem: DecodeProblem) -> MergeProblem:
+    """The merge of so many states that a decode left; ValueError for one alone."""
+    if states < 2:
+        raise ValueError(f"states must be two or more, got {states}")
+    return MergeProblem(
+        first_dtype=problem.dtype,
+        other_dtype=problem.dtype,
+        out_dtype=problem.dtype,
+        states=states,
+        value_dim=problem.value_dim,
+        masked=False,
+        rank=1,
+        aligned=True,
+        rows=problem.queries * problem.heads,
+    )
+
+
 def check(arguments: argparse.Namespace) -> int:
-    """Decodes the shapes of real models; 0 where all are right, else 1."""
+    """Computes the shapes of real models; 0 where all are right, else 1."""
     on_gpu = torch.cuda.is_available() and not devices.interpreting()
     if not on_gpu and not devices.interpreting():
         return _interpreted(arguments)
@@ -165,7 +189,8 @@ def check(arguments: argparse.Namespace) -> int:
         rows.append(row)
         return row
 
-    found = map(keep, engine.run(engine.cases(on_gpu), kv_lens, device, bandwidth))
+    todo: list[engine.Case | engine.MergeCase] = [*engine.cases(on_gpu), *engine.merges(on_gpu)]
+    found = map(keep, engine.run(todo, kv_lens, device, bandwidth))
     if arguments.json:
         list(found)
         facts = {

@@ -5,19 +5,22 @@
 
 from mla_triton.models import MODELS, Model
 from mla_triton.testing.budget import (
-    DecodeBudget,
+    Budget,
     Report,
     assert_within_budget,
     compare,
     decode_budget,
+    merge_budget,
 )
 from mla_triton.testing.inputs import check_inputs
+from mla_triton.testing.merges import MergeInputs, merge_inputs
 from mla_triton.testing.problems import DecodeInputs, decode_inputs, untouched_padding
 
 __all__ = [
     "MODELS",
-    "DecodeBudget",
+    "Budget",
     "DecodeInputs",
+    "MergeInputs",
     "Model",
     "Report",
     "assert_within_budget",
@@ -25,5 +28,7 @@ __all__ = [
     "compare",
     "decode_budget",
     "decode_inputs",
+    "merge_budget",
+    "merge_inputs",
     "untouched_padding",
 ]

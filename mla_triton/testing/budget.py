@@ -2,7 +2,8 @@
 
 A row is one (query, head). Its budget is twice the sum of
 
-* the error of the same-precision run (`mla_triton.reference.decode_same_precision`) in that row,
+* the error of the same-precision run (`mla_triton.reference.decode_same_precision`, or
+  `merge_same_precision`) in that row,
 * one rounding of the output,
 * what another order of float32 operations can do to that row. The same-precision run is one draw of
   those roundings and the kernel another, so a row where the run was lucky must not condemn the
@@ -23,7 +24,9 @@ import torch
 
 from mla_triton import reference
 from mla_triton.reference.decode import Request, requests, softmax
+from mla_triton.reference.merge import stacked
 from mla_triton.state import AttentionState
+from mla_triton.testing.merges import MergeInputs
 from mla_triton.testing.problems import DecodeInputs
 
 FACTOR = 2
@@ -37,10 +40,17 @@ running maximum, the lse of a part, the difference of two such, and the way back
 EXP2_ROUNDINGS = 8
 """A weight takes two exponentials, its own and that of a rescaling, each within 2 units in the last
 place (CUDA C++ Programming Guide, ex2.approx), which are 4 roundings."""
+DIFFERENCE_ROUNDINGS = 3
+"""Operations of a merge that each round at the magnitude of a difference of two lse: it, the factor
+log2(e) of its exponential and the product with that."""
+LOG_ROUNDINGS = 4
+"""A logarithm of a sum of weights, within 2 units in the last place of a number below 2."""
+DIVISION_ROUNDINGS = 2
+"""A reciprocal and the product with it."""
 
 
 @dataclass(frozen=True)
-class DecodeBudget:
+class Budget:
     """The truth about a problem, and how far from it each row may be."""
 
     exact: AttentionState
@@ -68,20 +78,63 @@ class Report:
     lse_budget: float = float("nan")
 
 
-def decode_budget(inputs: DecodeInputs, *, allow_tf32: bool = False) -> DecodeBudget:
+def decode_budget(inputs: DecodeInputs, *, allow_tf32: bool = False) -> Budget:
     """The oracle and the error budget of a problem, both on the device of `inputs`."""
     arguments, options = inputs.call_arguments()
     exact = reference.decode(*arguments, **options)
     same = reference.decode_same_precision(*arguments, **options, allow_tf32=allow_tf32)
-    order_out, order_lse = _reordering(inputs, exact)
-    error = (same.out.double() - exact.out).abs()
-    unit = torch.finfo(inputs.q_nope.dtype).eps / 2
+    return _budget(exact, same, *_reordering(inputs, exact), inputs.q_nope.dtype)
+
+
+def merge_budget(inputs: MergeInputs) -> Budget:
+    """The oracle and the error budget of a merge, both on the device of `inputs`."""
+    (states,), options = inputs.call_arguments()
+    exact = reference.merge(states, **options)
+    same = reference.merge_same_precision(states, **options, dtype=inputs.out_dtype)
+    return _budget(exact, same, *_reordering_of_merge(inputs, exact), inputs.out_dtype)
+
+
+def _budget(
+    exact: AttentionState,
+    same: AttentionState,
+    order_out: torch.Tensor,
+    order_lse: torch.Tensor,
+    dtype: torch.dtype,
+) -> Budget:
+    error, truth = _difference(same.out, exact.out), _finite(exact.out)
+    unit = torch.finfo(dtype).eps / 2
     # A rounding is at most one unit; spread evenly, its mean square is a third of that squared.
-    largest = error.amax(-1) + unit * exact.out.abs().amax(-1) + order_out.amax(-1)
-    rounding = unit / 3**0.5 * _rms(exact.out)
+    largest = error.amax(-1) + unit * truth.abs().amax(-1) + order_out.amax(-1)
+    rounding = unit / 3**0.5 * _rms(truth)
     rms = (_rms(error).square() + rounding.square() + _rms(order_out).square()).sqrt()
     lse = _difference(same.lse, exact.lse) + FLOAT32 * _finite(exact.lse).abs() + order_lse
-    return DecodeBudget(exact, FACTOR * largest, FACTOR * rms, FACTOR * lse)
+    return Budget(exact, FACTOR * largest, FACTOR * rms, FACTOR * lse)
+
+
+def _reordering_of_merge(
+    inputs: MergeInputs, exact: AttentionState
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of a merge, in which a state is what a key is in a decode."""
+    outs, lses = stacked(inputs.given, torch.float64)
+    is_empty = lses == float("-inf")
+    values = _finite(outs.masked_fill(is_empty[..., None], 0.0))
+    largest = lses.amax(0).clamp_min(torch.finfo(torch.float64).min)
+    weights = (lses - largest).exp()
+    weights = _finite(weights / weights.sum(0).masked_fill(is_empty.all(0), 1.0))
+    below = _finite(lses - largest).abs()
+    weight_error = FLOAT32 * (DIFFERENCE_ROUNDINGS * below + EXP2_ROUNDINGS)
+    out, additions = _finite(exact.out), len(lses)
+    moved = (weights * weight_error)[..., None] * (values - out)
+    drift = out.square() + (weights[..., None] * values).square().sum(0)
+    roundings = additions + DIVISION_ROUNDINGS
+    independent = (moved.square().sum(0) + roundings * FLOAT32**2 * drift).sqrt()
+
+    alike = FLOAT32 * additions / 2 * additions * weights.amin(0)
+    common = torch.maximum(values.amin(0), -values.amax(0)).clamp_min(0)
+    lse = (weights * weight_error).sum(0) + FLOAT32 * (additions**0.5 + LOG_ROUNDINGS) + alike
+    if inputs.mask is not None:
+        lse = lse.masked_fill(~inputs.mask[..., None], 0.0)
+    return independent + alike[..., None] * common, lse.masked_fill(is_empty.all(0), 0.0)
 
 
 def _reordering(inputs: DecodeInputs, exact: AttentionState) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,24 +192,30 @@ def _common_value(values: torch.Tensor) -> torch.Tensor:
     return torch.maximum(values.amin(0), -values.amax(0)).clamp_min(0)
 
 
+def budget_of(inputs: DecodeInputs | MergeInputs) -> Budget:
+    """The budget of a problem of either kind."""
+    return merge_budget(inputs) if isinstance(inputs, MergeInputs) else decode_budget(inputs)
+
+
 def compare(
-    state: AttentionState, inputs: DecodeInputs, budget: DecodeBudget | None = None
+    state: AttentionState, inputs: DecodeInputs | MergeInputs, budget: Budget | None = None
 ) -> Report:
-    """Judges the result of a decode kernel against its budget.
+    """Judges the result of a decode or merge kernel against its budget.
 
     `state` is on the device of `inputs`. Where the oracle is infinite or NaN the result has to be
     the same, and nowhere else; only then are numbers compared.
     """
-    budget = decode_budget(inputs) if budget is None else budget
+    budget = budget_of(inputs) if budget is None else budget
+    dtype = inputs.out_dtype if isinstance(inputs, MergeInputs) else inputs.q_nope.dtype
     exact = budget.exact
     expected = {
-        "out": (exact.out.shape, inputs.q_nope.dtype),
+        "out": (exact.out.shape, dtype),
         "lse": (exact.lse.shape, torch.float32),
     }
-    for name, (shape, dtype) in expected.items():
+    for name, (shape, wanted) in expected.items():
         got = getattr(state, name)
-        if got.shape != shape or got.dtype != dtype:
-            kind = f"{dtype} {list(shape)}"
+        if got.shape != shape or got.dtype != wanted:
+            kind = f"{wanted} {list(shape)}"
             return Report(False, f"{name} is {got.dtype} {list(got.shape)}, expected {kind}")
     for name in ("out", "lse"):
         got, truth = getattr(state, name).double(), getattr(exact, name)
@@ -173,7 +232,7 @@ def compare(
 
 
 def assert_within_budget(
-    state: AttentionState, inputs: DecodeInputs, budget: DecodeBudget | None = None
+    state: AttentionState, inputs: DecodeInputs | MergeInputs, budget: Budget | None = None
 ) -> None:
     """Raises AssertionError, naming the worst element, unless `compare` accepts the result."""
     report = compare(state, inputs, budget)
@@ -181,7 +240,7 @@ def assert_within_budget(
         raise AssertionError(f"{report.message}\n{inputs!r}")
 
 
-def _judge(state: AttentionState, budget: DecodeBudget) -> Report:
+def _judge(state: AttentionState, budget: Budget) -> Report:
     exact, messages = budget.exact, []
     found: dict[str, float] = {}
     error = _difference(state.out, exact.out)

@@ -19,8 +19,7 @@ import torch
 from mla_triton import device as devices
 from mla_triton.device import Device
 from mla_triton.kernels.sm90 import decode_config as sm90_config
-from mla_triton.plan import Geometry
-from mla_triton.problem import DecodeProblem, RowSteps
+from mla_triton.problem import MOST_APART, DecodeProblem, MergeProblem, RowSteps
 from mla_triton.testing import resources
 from mla_triton.testing.resources import Resources
 
@@ -39,14 +38,14 @@ class Case:
 
     label: str
     kernel: str
-    """"portable" or "sm90", which decode, "combine" or "schedule"."""
-    problem: DecodeProblem
+    """"portable" or "sm90", which decode, "combine", "schedule" or "merge"."""
+    problem: DecodeProblem | MergeProblem
     config: Any = None
     """None for the heuristic's."""
 
     @property
     def is_decode(self) -> bool:
-        return self.kernel not in ("combine", "schedule")
+        return self.kernel not in ("combine", "schedule", "merge")
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,7 @@ class Compiled:
 
     case: Case
     row_tile: int
+    """Rows of a program."""
     config: str
     limit: int
     """Bytes of shared memory a program may take on the card."""
@@ -123,6 +123,31 @@ def cases() -> Iterator[Case]:
             yield Case(label, "schedule", replace(plain, batch=batch))
             yield Case(label, "schedule", replace(ragged, batch=batch))
         yield from _sm90_cases(label)
+        yield from (Case(label, "merge", merge) for merge in merges())
+
+
+def merges() -> Iterator[MergeProblem]:
+    """Forms of a merge: dtypes and numbers of states, then widths, then layouts."""
+    plain = MergeProblem(
+        first_dtype=torch.bfloat16,
+        other_dtype=torch.bfloat16,
+        out_dtype=torch.bfloat16,
+        states=2,
+        value_dim=512,
+        masked=False,
+        rank=1,
+        aligned=True,
+        rows=1024 * 128,
+    )
+    for dtype in DTYPES:
+        same = replace(plain, first_dtype=dtype, other_dtype=dtype, out_dtype=dtype)
+        for states in (2, MOST_APART, MOST_APART + 1):
+            yield replace(same, states=states)
+    yield replace(plain, first_dtype=torch.float32, out_dtype=torch.float32)
+    for value_dim in (64, 96, 128, 192, 256):
+        yield replace(plain, value_dim=value_dim)
+    yield replace(plain, masked=True, rank=2)
+    yield replace(plain, masked=True, rank=3, aligned=False)
 
 
 def _sm90_cases(label: str) -> Iterator[Case]:
@@ -164,8 +189,10 @@ def _compile(case: Case) -> Compiled:
     from mla_triton.kernels.portable import decode_config
 
     device = devices.from_label(case.label)
+    if isinstance(case.problem, MergeProblem):
+        return _compile_merge(case, case.problem, device)
     if case.kernel == "sm90":
-        return _compile_sm90(case, device)
+        return _compile_sm90(case, case.problem, device)
     config = portable.heuristic(case.problem, device)
     geometry = portable.geometry(case.problem, device)
     estimate = 0
@@ -183,23 +210,29 @@ def _compile(case: Case) -> Compiled:
         text = f"block of {schedule.block_of(case.problem.batch)} requests"
         batch, ragged = case.problem.batch, case.problem.ragged
         compiled = schedule.variant(batch, ragged, geometry.kv_tile, device).compile(device)
-    return _made(case, device, geometry, text, estimate, compiled)
+    return _made(case, device, geometry.row_tile, text, estimate, compiled)
 
 
-def _compile_sm90(case: Case, device: Device) -> Compiled:
+def _compile_merge(case: Case, problem: MergeProblem, device: Device) -> Compiled:
+    from mla_triton.kernels.portable import merge
+
+    config = merge.heuristic(problem, device)
+    compiled = merge.compile(problem, config, device)
+    return _made(case, device, config.rows, str(config), 0, compiled)
+
+
+def _compile_sm90(case: Case, problem: DecodeProblem, device: Device) -> Compiled:
     from mla_triton.kernels.sm90 import decode
 
-    geometry = decode.geometry(case.problem, device)
-    compiled = decode.compile(case.problem, case.config, geometry, device)
-    return _made(case, device, geometry, str(case.config), 0, compiled)
+    geometry = decode.geometry(problem, device)
+    compiled = decode.compile(problem, case.config, geometry, device)
+    return _made(case, device, geometry.row_tile, str(case.config), 0, compiled)
 
 
 def _made(
-    case: Case, device: Device, geometry: Geometry, text: str, estimate: int, compiled: Any
+    case: Case, device: Device, row_tile: int, text: str, estimate: int, compiled: Any
 ) -> Compiled:
-    return Compiled(
-        case, geometry.row_tile, text, device.shared_memory, estimate, resources.read(compiled)
-    )
+    return Compiled(case, row_tile, text, device.shared_memory, estimate, resources.read(compiled))
 
 
 def compile_all(wanted: Sequence[Case], processes: int | None = None) -> list[Compiled]:

@@ -53,11 +53,11 @@ class DecodeInputs:
         width = self.q_nope.shape[-1] if self.value_dim is None else self.value_dim
         out = torch.full((*rows, width), float("nan"), dtype=self.q_nope.dtype, device=device)
         lse = torch.full(rows, float("nan"), dtype=torch.float32, device=device)
-        return {"out": _padded(out, self.padding), "lse": _padded(lse, self.padding)}
+        return {"out": padded(out, self.padding), "lse": padded(lse, self.padding)}
 
     def to(self, device: torch.device | str) -> DecodeInputs:
         """The same problem on another device, strides included."""
-        return replace(self, **{f.name: _move(getattr(self, f.name), device) for f in fields(self)})
+        return replace(self, **{f.name: moved(getattr(self, f.name), device) for f in fields(self)})
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in self.recipe.items())
@@ -117,10 +117,10 @@ def decode_inputs(
         query = query.unflatten(0, (len(kv_lens), s_q))
     inputs = DecodeInputs(
         q_nope=_head_major(query[..., :latent], padding),
-        q_rope=_padded(query[..., latent:], padding) if rope else None,
-        cache=_padded(cache, padding) if layout == "fused" else LatentCache(
-            _padded(cache[..., :latent], padding),
-            _padded(cache[..., latent:], padding) if rope else None,
+        q_rope=padded(query[..., latent:], padding) if rope else None,
+        cache=padded(cache, padding) if layout == "fused" else LatentCache(
+            padded(cache[..., :latent], padding),
+            padded(cache[..., latent:], padding) if rope else None,
         ),
         page_table=_dense(table_of, padding) if table == "dense" else _csr(table_of),
         kv_lens=_int32(kv_lens),
@@ -191,7 +191,7 @@ def _csr(pages: list[torch.Tensor]) -> CSRPageTable:
     return CSRPageTable(_int32(list(indptr)), torch.cat([*pages, unused]).to(torch.int32))
 
 
-def _padded(tensor: torch.Tensor, padding: int) -> torch.Tensor:
+def padded(tensor: torch.Tensor, padding: int) -> torch.Tensor:
     """The same values with `padding` columns of NaN after every row."""
     width = tensor.shape[-1]
     wider = tensor.new_full((*tensor.shape[:-1], width + padding), float("nan"))
@@ -203,16 +203,16 @@ def _head_major(query: torch.Tensor, padding: int) -> torch.Tensor:
     """`[..., heads, width]`, in memory one head after another where rows are padded."""
     if not padding:
         return query.contiguous()
-    return _padded(query.movedim(-2, 0), padding).movedim(0, -2)
+    return padded(query.movedim(-2, 0), padding).movedim(0, -2)
 
 
 def _int32(values: Sequence[int]) -> torch.Tensor:
     return torch.tensor(list(values), dtype=torch.int32)
 
 
-def _move(value: Any, device: torch.device | str) -> Any:
+def moved(value: Any, device: torch.device | str) -> Any:
     if isinstance(value, (LatentCache, CSRPageTable)):
-        return type(value)(*(_move(tensor, device) for tensor in value))
+        return type(value)(*(moved(tensor, device) for tensor in value))
     if not isinstance(value, torch.Tensor) or value.device == torch.device(device):
         return value
     storage = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage()).to(device)

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from mla_triton import models, validate
+from mla_triton import models, validate, validate_merge
 from mla_triton.configs import length_bucket
 from mla_triton.models import Model
-from mla_triton.problem import DecodeProblem
+from mla_triton.problem import DecodeProblem, MergeProblem
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LAYOUTS = ("fused", "pair")
@@ -65,6 +65,18 @@ class Deployment:
                                         batch, dtype, page_size, layout, table, s_q, query,
                                         q_rope_width,
                                     )  # fmt: skip
+
+    def merges(self) -> Iterator[MergeProblem]:
+        """Merges of two states of such calls, with and without a mask; buffers contiguous."""
+
+        def made(*shape: int, kind: torch.dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=kind, device="meta")
+
+        for dtype in self.dtypes:
+            out = made(1, self.heads, self.value_dim, kind=dtype)
+            lse = made(1, self.heads, kind=torch.float32)
+            for mask in (None, made(1, kind=torch.bool)):
+                yield validate_merge.described([out] * 2, [lse] * 2, mask, out, lse)
 
     def lengths(self, form: DecodeProblem) -> list[int]:
         """The lengths that configs are looked up by, ascending: powers of two up to the longest.

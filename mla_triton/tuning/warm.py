@@ -32,9 +32,9 @@ from mla_triton.tuning.workers import Compiled, Job
 
 SIZES = (
     "VALUE", "HALF", "TAIL", "PAGE_SIZE", "KV_TILE", "ROW_TILE", "BLOCK_N", "BLOCKS", "BLOCK_B",
-    "NOPE_STEP", "ROPE_STEP", "OUT_STEP", "PIECES",
+    "NOPE_STEP", "ROPE_STEP", "OUT_STEP", "PIECES", "OTHERS", "ROWS",
 )  # fmt: skip
-SWITCHES = ("FUSED", "CSR", "RAGGED", "CAUSAL", "FULL_TILES", "ALONE")
+SWITCHES = ("FUSED", "CSR", "RAGGED", "CAUSAL", "FULL_TILES", "ALONE", "MASKED")
 """Constants that kernels of one deployment differ in."""
 
 
@@ -180,6 +180,10 @@ def variants(deployment: Deployment, device: Device) -> list[Variant]:
             sizes = range(batch, last + 1)
             for variant in _variants(form, sizes, deployment.lengths(form), device):
                 found[variant] = None
+    for merge in deployment.merges():
+        module = select.choose_merge(merge, device).module
+        config = configs.choose(module, merge, device, None).config
+        found[module.variant(merge, config, device)] = None
     return list(found)
 
 
