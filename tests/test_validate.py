@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy
 import pytest
 import torch
+from merge_rejections import MERGE
 from rejections import (
     ALWAYS,
     BATCH,
@@ -46,6 +47,8 @@ from mla_triton.testing import decode_inputs
 
 ROOT = Path(__file__).parent.parent
 
+ALL = [*REJECTIONS, *MERGE]
+
 needs_kernels = pytest.mark.skipif(
     not devices.interpreting(), reason="CPU tensors are not taken to the kernels"
 )
@@ -70,7 +73,7 @@ def debugging(monkeypatch):
     debug.switched_on.cache_clear()
 
 
-@named(ALWAYS)
+@named([*ALWAYS, *MERGE])
 def test_rejection(case):
     rejected(case)
 
@@ -453,6 +456,7 @@ def test_an_ordinary_call_does_not_load_what_tests_need():
 
 SOURCES = (
     "validate.py",
+    "validate_merge.py",
     "debug.py",
     "select.py",
     "ops/decode.py",
@@ -478,7 +482,7 @@ def refusals(path: Path) -> list[range]:
 @needs_kernels
 def test_every_refusal_in_the_source_has_a_case(monkeypatch):
     reached = set()
-    for case in REJECTIONS:
+    for case in ALL:
         debug.switched_on.cache_clear()
         monkeypatch.setenv("MLA_TRITON_DEBUG", str(int(case in (*DEBUG, *DEBUG_INTERPRETED))))
         with pytest.raises(case.error) as error:
@@ -494,7 +498,7 @@ def test_every_refusal_in_the_source_has_a_case(monkeypatch):
 
 
 def test_names_of_cases_are_unique():
-    names = [case.name for case in REJECTIONS]
+    names = [case.name for case in ALL]
     assert len(names) == len(set(names))
 
 
@@ -532,7 +536,7 @@ def rows() -> list[Row]:
 
 def test_every_case_has_its_row_in_the_documentation():
     table = rows()
-    for case in REJECTIONS:
+    for case in ALL:
         assert sum(row.fits(case) for row in table) == 1, case
 
 
@@ -541,4 +545,4 @@ def test_every_row_in_the_documentation_has_its_case():
         assert row.way_out
         for template in row.templates:
             one = row._replace(templates=(template,))
-            assert any(one.fits(case) for case in REJECTIONS), template
+            assert any(one.fits(case) for case in ALL), template
