@@ -29,7 +29,10 @@ MODULES = {
 MAX_LINES = 600
 
 # (module, what it must not import), both by the start of a dotted name. The first that fits counts.
-UPPER = ("ops", "select", "validate", "cli", "check", "explain", "compat", "tuning", "testing")
+UPPER = (
+    "ops", "select", "validate", "validate_merge", "cli", "check", "explain", "compat", "tuning",
+    "testing",
+)  # fmt: skip
 ARROWS: list[tuple[str, tuple[str, ...]]] = [
     ("mla_triton.reference", ("triton", "mla_triton.kernels", *(f"mla_triton.{m}" for m in UPPER))),
     (
@@ -40,9 +43,14 @@ ARROWS: list[tuple[str, tuple[str, ...]]] = [
     ("mla_triton.problem", ("triton", "mla_triton")),
     ("mla_triton.device", ("triton", "mla_triton")),
     ("mla_triton.state", ("triton", "mla_triton")),
+    ("mla_triton.memory", ("triton", "mla_triton")),
     ("mla_triton.cache", ("triton", "mla_triton.kernels", *(f"mla_triton.{m}" for m in UPPER))),
     (
         "mla_triton.validate",
+        ("triton", "mla_triton.kernels", "mla_triton.ops", "mla_triton.select"),
+    ),
+    (
+        "mla_triton.validate_merge",
         ("triton", "mla_triton.kernels", "mla_triton.ops", "mla_triton.select"),
     ),
     ("mla_triton.select", ("mla_triton.ops", "mla_triton.cli", "mla_triton.testing")),
@@ -246,10 +254,11 @@ def test_options_of_operations_are_keyword_only() -> None:
             for p in inspect.signature(getattr(mla_triton, name)).parameters.values()
             if p.kind is not inspect.Parameter.KEYWORD_ONLY
         ]
-        for name in ("decode", "plan")
+        for name in ("decode", "merge", "plan")
     }
     assert positional == {
         "decode": ["q_nope", "q_rope", "cache", "page_table", "kv_lens"],
+        "merge": ["states"],
         "plan": ["kv_lens"],
     }
 

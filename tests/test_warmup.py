@@ -35,6 +35,7 @@ from mla_triton.kernels.common.launch import Launcher
 from mla_triton.kernels.portable import decode as portable
 from mla_triton.models import MODELS
 from mla_triton.ops import decode as operation
+from mla_triton.ops import merge as merging
 from mla_triton.tuning import warm
 from mla_triton.tuning.deployment import LAYOUTS, QUERIES, TABLES, describe
 from mla_triton.tuning.warm import Warmed
@@ -377,9 +378,11 @@ def test_every_kernel_of_every_call_is_known(description, label, what, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(configs, "choose", rows_by(what))
         operation.prepare.cache_clear()
+        merging.prepare.cache_clear()
         asked = set(warm_child.asked_for(deployment, device, seed, calls=60))
         known = warm.variants(deployment, device)
         operation.prepare.cache_clear()
+        merging.prepare.cache_clear()
     assert len(set(known)) == len(known)
     unknown = asked - set(known)
     assert not unknown, [warm_child.plain(variant) for variant in unknown]

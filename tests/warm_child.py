@@ -18,11 +18,12 @@ from typing import Any
 import torch
 import triton
 
-from mla_triton import configs, select, validate
+from mla_triton import configs, select, validate, validate_merge
 from mla_triton import device as devices
 from mla_triton.device import Device
 from mla_triton.kernels.common.launch import Variant
 from mla_triton.ops import decode as operation
+from mla_triton.ops import merge as merging
 from mla_triton.ops.plan import cut, schedule_launcher
 from mla_triton.problem import DecodeProblem
 from mla_triton.tuning import warm
@@ -115,11 +116,26 @@ def kernels_of(problem: DecodeProblem, device: Device) -> Iterator[Variant]:
             yield ready.combine.variant
 
 
+def merge_of(deployment: Deployment, draw: random.Random, device: Device) -> Variant:
+    """The kernel of a merge of two states that calls of a deployment leave."""
+    batch, s_q = draw.randint(1, deployment.max_batch), draw.choice(deployment.s_q)
+    tokens = (batch * s_q,) if deployment.ragged else (batch, s_q)
+    rows = (*tokens, deployment.heads)
+    out = made(*rows, deployment.value_dim, dtype=draw.choice(deployment.dtypes))
+    lse = made(*rows, dtype=torch.float32)
+    mask = draw.choice([None, made(*tokens, dtype=torch.bool)])
+    problem = validate_merge.described([out] * 2, [lse] * 2, mask, out, lse)
+    module = select.choose_merge(problem, device).module
+    return merging.prepare(module, problem, device, None).kernel.variant
+
+
 def asked_for(deployment: Deployment, device: Device, seed: int, calls: int) -> list[Variant]:
     """The kernels of so many calls, each once."""
     draw = random.Random(seed)
-    problems = (call(deployment, draw) for _ in range(calls))
-    return list(dict.fromkeys(v for problem in problems for v in kernels_of(problem, device)))
+    problems = [call(deployment, draw) for _ in range(calls)]
+    asked = dict.fromkeys(v for problem in problems for v in kernels_of(problem, device))
+    asked |= dict.fromkeys(merge_of(deployment, draw, device) for _ in range(calls // 4))
+    return list(asked)
 
 
 def plain(variant: Variant) -> list[Any]:

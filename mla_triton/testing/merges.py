@@ -111,7 +111,7 @@ def merge_inputs(
     is_empty = torch.rand(rows, generator=generator) < empty
     lse[is_empty] = float("-inf")
     out[is_empty] = float("nan")
-    mask = torch.rand(*tokens, generator=generator) < 0.5 if masked else None
+    mask = torch.rand(tuple(tokens), generator=generator) < 0.5 if masked else None
     first_dtype = dtype if stacked or first_dtype is None else first_dtype
     if stacked:
         whole = padded(out.to(dtype), padding), padded(lse, padding)

@@ -147,9 +147,10 @@ def choose(problem: MergeProblem, device: Device, rows: int | None = None) -> tu
     """The config of a problem, with its reason; ValueError where none is valid."""
     if device.backend == "interpreter":
         return Config(16, 4), "the interpreter has neither warps nor registers"
+    rows = min(MAX_ROWS, max(1, ELEMENTS // columns(problem)))
     refused = []
     for warps in (NUM_WARPS, 2 * NUM_WARPS):
-        config = Config(max(1, ELEMENTS // columns(problem)), warps)
+        config = Config(rows, warps)
         valid, rule = is_valid(config, problem, device)
         if valid:
             return config, f"bound by memory: many small programs on an SM; {rule}"
