@@ -24,7 +24,7 @@ PROTOCOL = (
 PEERS = HERE / "peers_h200.json"
 
 
-def header(command: str) -> dict[str, Any]:
+def header(command: str, protocol: str = PROTOCOL) -> dict[str, Any]:
     """What a figure depends on. Needs a GPU."""
     import torch
     import triton
@@ -37,7 +37,7 @@ def header(command: str) -> dict[str, Any]:
         "triton": triton.__version__,
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "protocol": PROTOCOL,
+        "protocol": protocol,
         "commit": _output("git", "describe", "--always", "--dirty"),
         "command": command,
     }
@@ -57,6 +57,7 @@ def record(
     measure: Callable[[], dict[str, Any]],
     lines: Callable[[dict[str, Any]], list[str]],
     argv: Sequence[str] | None,
+    protocol: str = PROTOCOL,
 ) -> int:
     """The command of a benchmark without cells: measures, keeps figures if asked to, says them.
 
@@ -70,7 +71,7 @@ def record(
     if not torch.cuda.is_available():
         print(f"{name}: error: this needs a GPU", file=sys.stderr)
         return 2
-    figures = {"header": header(f"python benchmarks/{name}")} | measure()
+    figures = {"header": header(f"python benchmarks/{name}", protocol)} | measure()
     if arguments.output:
         arguments.output.write_text(json.dumps(figures, indent=2) + "\n")
     print("\n".join(lines(figures)))

@@ -20,6 +20,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import cells  # noqa: E402
 import decode  # noqa: E402
 import first_call  # noqa: E402
+import merge  # noqa: E402
 import peers  # noqa: E402
 import protocol  # noqa: E402
 import report  # noqa: E402
@@ -432,7 +433,77 @@ def test_a_page_without_marks_is_refused():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
-@pytest.mark.parametrize("benchmark", [first_call, tune])
+@pytest.mark.parametrize("benchmark", [first_call, merge, tune])
 def test_tuning_and_first_calls_are_not_measured_without_a_gpu(benchmark, capsys):
     assert benchmark.main([]) == 2
     assert "this needs a GPU" in capsys.readouterr().err
+
+
+# -- merge
+
+
+@pytest.fixture
+def ten_microseconds(monkeypatch):
+    """A clock that makes each call and always says 10 us."""
+    calls = []
+
+    def timed(given):
+        calls.extend(call() for call in given[:2])
+        return 10.0
+
+    monkeypatch.setattr(merge.timing, "microseconds", timed)
+    monkeypatch.setattr(merge.timing, "cold_copies", lambda _: 2)
+    monkeypatch.setattr(merge.protocol, "host_microseconds", lambda call: 5.0)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"in_place": True}, {"masked": True}, {"states": 3}, {"states": 9, "stacked": True}],
+    ids=str,
+)
+def test_a_merge_is_checked_and_timed(changes, ten_microseconds):
+    cell = merge.Cell(tokens=5, heads=2, value_dim=16, **changes)
+    row = merge.measure_cell(cell, 0.1, torch.device("cpu"))
+    assert row["check"]["ok"], row
+    assert len(ten_microseconds) == 2
+    assert row["us"] == 10.0
+    assert row["of_copy"] == pytest.approx(row["bytes"] / 10 / 1e3 / 0.1)
+
+
+def test_a_merge_counts_what_has_to_be_moved():
+    assert merge.Cell(1, 1, 512).bytes == 3 * (512 * 2 + 4)
+    assert merge.Cell(2, 1, 512, masked=True).bytes == 2 * 2.5 * (512 * 2 + 4) + 2
+    assert merge.Cell(1, 1, 128, states=8, dtype=torch.float32).bytes == 9 * (128 * 4 + 4)
+
+
+def test_a_wrong_merge_has_no_speed(monkeypatch, ten_microseconds):
+    monkeypatch.setattr(merge.mla_triton, "merge", lambda states, **_: states[0])
+    row = merge.measure_cell(merge.Cell(5, 2, 16), 1.0, torch.device("cpu"))
+    assert not row["check"]["ok"]
+    assert "us" not in row
+    assert ten_microseconds == []
+
+
+def test_merges_are_told_with_the_target(ten_microseconds):
+    cell, device = merge.Cell(5, 2, 16), torch.device("cpu")
+    figures = {
+        "ceilings": {"copy_gbps": 0.1},
+        "target": merge.TARGET,
+        "cells": [merge.measure_cell(cell, copy, device) for copy in (1.0, 0.0001)],
+        "configs": merge.measure_configs(cell, 0.1, device),
+    }
+    text = "\n".join(merge.lines(figures))
+    assert f"target of 85% for {cell.name}: MISSED" in text
+    assert "with rows 4, num_warps 4: 10.0 us" in text
+    figures["cells"].reverse()
+    assert f"target of 85% for {cell.name}: met" in "\n".join(merge.lines(figures))
+    figures["cells"][0] = {"cell": cell.name, "check": {"ok": False, "message": "off by one"}}
+    assert "off by one" in "\n".join(merge.lines(figures))
+
+
+def test_cells_of_merges_have_names_of_their_own():
+    names = [cell.name for cell in merge.CELLS]
+    assert len(names) == len(set(names))
+    first = merge.CELLS[0]
+    assert (first.tokens, first.heads, first.value_dim) == (8192, 128, 512)

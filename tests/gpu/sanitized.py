@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from ways import WAYS, Way, forced, run
 
+import mla_triton
 from mla_triton import AttentionState
-from mla_triton.testing import assert_within_budget, decode_inputs
+from mla_triton.testing import assert_within_budget, decode_inputs, merge_inputs
 
 KV_LENS = (300, 0, 65, 1)
 PORTABLE: tuple[dict[str, Any], ...] = (
@@ -46,6 +47,28 @@ HOPPER: tuple[dict[str, Any], ...] = (
 )
 
 
+MERGES: tuple[dict[str, Any], ...] = (
+    {"dtype": torch.bfloat16},
+    {"states": 3, "dtype": torch.float16, "masked": True, "value_dim": 96},
+    {"states": 8, "dtype": torch.float32, "strided": 3},
+    {"states": 11, "dtype": torch.bfloat16, "stacked": True, "value_dim": 128},
+    {"first_dtype": torch.float32, "dtype": torch.bfloat16, "masked": True},
+)
+
+
+def merge_all() -> int:
+    """Merges states, apart and then in place of the first; how many problems."""
+    for problem in MERGES:
+        inputs = merge_inputs(tokens=(3, 3), heads=5, **problem)
+        there = inputs.to("cuda")
+        (states,), options = there.call_arguments()
+        first = there.states[0]
+        for buffers in (there.output_buffers(), {"out": first.out, "lse": first.lse}):
+            state = mla_triton.merge(states, **options, **buffers)
+            assert_within_budget(AttentionState(*(tensor.cpu() for tensor in state)), inputs)
+    return len(MERGES)
+
+
 def decode_all(way: Way) -> int:
     """Decodes every problem of a way, and two whose lengths and page ids lie; how many."""
     problems = PORTABLE if way.impl == "portable" else HOPPER
@@ -67,7 +90,8 @@ def decode_all(way: Way) -> int:
 def main(name: str) -> int:
     way = next(way for way in WAYS if str(way) == name)
     with forced(way):
-        print(f"{decode_all(way)} problems decoded")
+        merged = merge_all() if way.impl == "portable" else 0
+        print(f"{decode_all(way)} problems decoded, {merged} merged")
     return 0
 
 
