@@ -22,8 +22,6 @@ from mla_triton.kernels.sm90 import decode_config as sm90_config
 from mla_triton.plan import Geometry
 from mla_triton.problem import DecodeProblem, MergeProblem
 
-DECODE = ("sm90", "portable", "reference")
-"""Implementations of decode, best first."""
 CONFIGURED = {"sm90": sm90_config, "portable": portable_config}
 """How the kernels among them are configured, which needs no compiler and no Gluon."""
 Reasons = tuple[tuple[str, str | None], ...]
