@@ -9,6 +9,7 @@ from mla_triton.cache import CSRPageTable, LatentCache
 from mla_triton.ops.decode import decode
 from mla_triton.ops.merge import merge
 from mla_triton.ops.plan import Plan, plan
+from mla_triton.ops.prefill import prefill
 from mla_triton.state import AttentionState
 from mla_triton.tuning import tune, warmup
 
@@ -22,6 +23,7 @@ __all__ = [
     "decode",
     "merge",
     "plan",
+    "prefill",
     "tune",
     "warmup",
 ]

@@ -60,6 +60,33 @@ def check_decode(
     )
     cache_name = "cache" if kpe is None else "cache.ckv"
     read = {"q_nope": q_nope, "q_rope": q_rope, cache_name: ckv, "cache.kpe": kpe}
+    _check_apart(out, lse, read)
+
+
+def check_prefill(
+    q: torch.Tensor,
+    q_rope: torch.Tensor | None,
+    k: torch.Tensor,
+    k_rope: torch.Tensor | None,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    max_seqlen_q: int | None,
+) -> None:
+    """The same for a prefill, as `mla_triton.testing.check_prefill_inputs`."""
+    from mla_triton.testing.inputs import check_prefill_inputs
+
+    check_prefill_inputs(
+        q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q
+    )
+    _check_apart(out, lse, {"q": q, "q_rope": q_rope, "k": k, "k_rope": k_rope, "v": v})
+
+
+def _check_apart(
+    out: torch.Tensor, lse: torch.Tensor, read: dict[str, torch.Tensor | None]
+) -> None:
     for name, result, others in (("out", out, read | {"lse": lse}), ("lse", lse, read)):
         for other_name, other in others.items():
             if other is not None and memory.share(memory.of(result), memory.of(other)):

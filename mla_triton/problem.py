@@ -160,3 +160,49 @@ class MergeLayout(NamedTuple):
     next_out: int = 0
     """Elements from one state of a stack to the next."""
     next_lse: int = 0
+
+
+LARGEST_TILE = 128
+"""Query tokens of a tile of prefill at most: sequences that have more are all alike to it."""
+
+
+@dataclass(frozen=True)
+class PrefillProblem:
+    """Attention of ragged sequences over their own keys and values, a pair for every KV head.
+
+    Lengths are on the device alone; of them the host knows the sums.
+    """
+
+    dtype: torch.dtype
+    heads: int
+    kv_heads: int
+    qk_dim: int
+    """Columns of a query and of a key, rotary part included."""
+    value_dim: int
+    q_nope: int
+    """Columns of `q`: all of them, or those before `q_rope`."""
+    k_nope: int
+    """Columns of `k`: all of them, or those before `k_rope`."""
+    causal: bool
+    usual_queries: int
+    """Query tokens of an average sequence, up to the next power of two; at most `LARGEST_TILE`."""
+    negative_scale: bool = False
+    """Whether the largest logit is the smallest product."""
+    aligned: bool = True
+    """Whether every address the kernels compute is a multiple of 16 bytes."""
+    batch: int = field(default=1, compare=False)
+    queries: int = field(default=LARGEST_TILE, compare=False)
+    """Rows of `q`: the query tokens of all sequences at most."""
+    keys: int = field(default=LARGEST_TILE, compare=False)
+    max_seqlen_q: int | None = field(default=None, compare=False)
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a KV head."""
+        return self.heads // self.kv_heads
+
+
+def usual_queries(queries: int, batch: int) -> int:
+    """Query tokens of an average sequence, as coarsely as a choice of tiles needs it."""
+    mean = -(-queries // max(1, batch))
+    return min(LARGEST_TILE, 1 << max(0, mean - 1).bit_length())

@@ -18,12 +18,14 @@ from mla_triton.kernels import sm90
 from mla_triton.kernels.portable import decode as portable_decode
 from mla_triton.kernels.portable import decode_config as portable_config
 from mla_triton.kernels.portable import merge as portable_merge
+from mla_triton.kernels.portable import prefill as portable_prefill
+from mla_triton.kernels.portable import prefill_config
 from mla_triton.kernels.sm90 import decode_config as sm90_config
 from mla_triton.plan import Geometry
-from mla_triton.problem import DecodeProblem, MergeProblem
+from mla_triton.problem import DecodeProblem, MergeProblem, PrefillProblem
 
 CONFIGURED = {"sm90": sm90_config, "portable": portable_config}
-"""How the kernels among them are configured, which needs no compiler and no Gluon."""
+"""How the kernels of decode are configured, which needs no compiler and no Gluon."""
 Reasons = tuple[tuple[str, str | None], ...]
 """(implementation, why it does not take the problem or None), best first."""
 
@@ -31,12 +33,30 @@ Reasons = tuple[tuple[str, str | None], ...]
 class Selection(NamedTuple):
     name: str
     module: ModuleType
-    """`mla_triton.kernels.<name>.decode` or `.merge`, or `mla_triton.reference`."""
+    """`mla_triton.kernels.<name>.<operation>`, or `mla_triton.reference`."""
     reasons: Reasons
 
 
+def _taken(operation: str, reasons: Reasons, device: Device, impl: str | None) -> str:
+    """The implementation that is asked for, else the first without a reason against it."""
+    if impl is not None:
+        known = dict(reasons)
+        if impl not in known:
+            raise ValueError(f"impl must be one of {', '.join(known)}, got {impl!r}")
+        reason = known[impl]
+        if reason is not None and impl != "reference":
+            raise NotImplementedError(f"impl {impl!r} cannot run this {operation}: {reason}")
+        return impl
+    for name, reason in reasons:
+        if reason is None:
+            return name
+    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons)
+    message = f"no implementation of {operation} can run on {device.label}: {listed}"
+    raise NotImplementedError(message)
+
+
 def why_not_reference(device: Device, cost: str = "it synchronises and copies") -> str | None:
-    """The reference copies, and that of decode reads lengths: never on a GPU by itself."""
+    """The reference copies, and of most operations reads lengths: never on a GPU by itself."""
     if device.backend in ("cuda", "hip"):
         return f"{cost}; on a GPU it runs only when asked for (impl='reference')"
     return None
@@ -89,25 +109,6 @@ def name_decode(
     return _taken("decode", reasons, device, impl), reasons
 
 
-def _taken(operation: str, reasons: Reasons, device: Device, impl: str | None) -> str:
-    """The first without a reason against it, or `impl`; raises where that cannot be."""
-    if impl is not None:
-        known = dict(reasons)
-        if impl not in known:
-            raise ValueError(f"impl must be one of {', '.join(known)}, got {impl!r}")
-        reason = known[impl]
-        if reason is not None and impl != "reference":
-            raise NotImplementedError(f"impl {impl!r} cannot run this {operation}: {reason}")
-        return impl
-    for name, reason in reasons:
-        if reason is None:
-            return name
-    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons)
-    raise NotImplementedError(
-        f"no implementation of {operation} can run on {device.label}: {listed}"
-    )
-
-
 def choose_decode(
     problem: DecodeProblem,
     device: Device,
@@ -134,4 +135,21 @@ def choose_merge(problem: MergeProblem, device: Device, impl: str | None = None)
 
 
 merge = lru_cache(maxsize=1024)(choose_merge)
+
+
+def choose_prefill(problem: PrefillProblem, device: Device, impl: str | None = None) -> Selection:
+    """What computes a prefill on a device, with the reasons.
+
+    Raises ValueError for an `impl` that does not exist, NotImplementedError with every reason where
+    nothing can take the problem, or where `impl` cannot.
+    """
+    reasons = (
+        ("portable", prefill_config.why_not(problem, device)),
+        ("reference", why_not_reference(device)),
+    )
+    name = _taken("prefill", reasons, device, impl)
+    return Selection(name, portable_prefill if name == "portable" else reference, reasons)
+
+
+prefill = lru_cache(maxsize=4096)(choose_prefill)
 """The same, remembered."""

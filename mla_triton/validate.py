@@ -195,7 +195,9 @@ def decode(
     sizes may be symbolic.
     """
     if torch.is_grad_enabled():
-        check_no_grad(q_nope, q_rope, ckv, kpe, out)
+        cache = "cache" if kpe is None else "cache.ckv"
+        values = {"q_nope": q_nope, "q_rope": q_rope, cache: ckv, "cache.kpe": kpe, "out": out}
+        check_no_grad(values)
     number("softmax_scale", softmax_scale)
     address = 0
     if has_memory:
@@ -224,16 +226,8 @@ def decode(
     return known_problem(call) if has_memory else decode_problem(call)
 
 
-def check_no_grad(
-    q_nope: torch.Tensor,
-    q_rope: torch.Tensor | None,
-    ckv: torch.Tensor,
-    kpe: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:
-    cache = "cache" if kpe is None else "cache.ckv"
-    names = ("q_nope", "q_rope", cache, "cache.kpe", "out")
-    for name, tensor in zip(names, (q_nope, q_rope, ckv, kpe, out), strict=True):
+def check_no_grad(values: dict[str, torch.Tensor | None]) -> None:
+    for name, tensor in values.items():
         if tensor is not None and tensor.requires_grad:
             rule = "not require grad while grad is enabled (there is no backward)"
             way_out = "a tensor that does: call under torch.no_grad() or pass it detached"
@@ -279,7 +273,7 @@ def decode_problem(call: DecodeCall) -> DecodeProblem:
             entries = f"{capacity // page_size} entries ({capacity} keys)"
             fail(ValueError, table_name, rule, entries)
         capacity = call.max_kv_len
-    _check_results(out, lse, (*lead, heads), value)
+    check_results(out, lse, (*lead, heads), value)
     for name, tensor in values.items():
         if tensor is not None and not tensor.last_is_contiguous:
             fail(ValueError, name, LAST_DIMENSION, f"strides {tuple(tensor.strides)}")
@@ -300,7 +294,7 @@ def decode_problem(call: DecodeCall) -> DecodeProblem:
         fused=kpe is None,
         ckv_stride_slot=ckv.strides[1],
         kpe_stride_slot=0 if kpe is None else kpe.strides[1],
-        aligned=call.aligned and all(_rows_aligned(t) for t in values.values() if t is not None),
+        aligned=call.aligned and all(rows_aligned(t) for t in values.values() if t is not None),
         allow_tf32=call.allow_tf32 and q_nope.dtype == torch.float32,
         row_steps=RowSteps(
             q_nope=_row_step(q_nope, 1, lead[-1], heads),
@@ -409,7 +403,7 @@ def _check_cache(
 
 def _check_lengths(kv_lens: Layout, cu_seqlens_q: Layout | None) -> int:
     """The batch."""
-    if not _is_list(kv_lens):
+    if not is_list(kv_lens):
         fail(ValueError, "kv_lens", "be contiguous [batch]", kv_lens)
     batch = kv_lens.shape[0]
     if cu_seqlens_q is not None:
@@ -418,7 +412,7 @@ def _check_lengths(kv_lens: Layout, cu_seqlens_q: Layout | None) -> int:
 
 
 def _check_offsets(name: str, offsets: Layout, batch: int) -> None:
-    if not _is_list(offsets) or offsets.shape[0] != batch + 1:
+    if not is_list(offsets) or offsets.shape[0] != batch + 1:
         fail(ValueError, name, f"be contiguous [batch + 1] = [{batch + 1}]", offsets)
 
 
@@ -428,7 +422,7 @@ def _check_page_table(
     """The most keys a request may have, as far as the table's shape tells."""
     if indptr is not None:
         _check_offsets("page_table.indptr", indptr, batch)
-        if not _is_list(pages):
+        if not is_list(pages):
             fail(ValueError, name, "be contiguous [pages in use]", pages)
         return pages.shape[0] * page_size
     if len(pages.shape) != 2 or pages.shape[0] != batch or pages.shape[1] < 1:
@@ -439,7 +433,7 @@ def _check_page_table(
     return pages.shape[1] * page_size
 
 
-def _check_results(out: Layout, lse: Layout, rows: tuple[int, ...], value: int) -> None:
+def check_results(out: Layout, lse: Layout, rows: tuple[int, ...], value: int) -> None:
     for name, tensor, expected in (("out", out, (*rows, value)), ("lse", lse, rows)):
         if tuple(tensor.shape) != expected:
             fail(ValueError, name, f"be {expected}", shape(tensor))
@@ -448,11 +442,11 @@ def _check_results(out: Layout, lse: Layout, rows: tuple[int, ...], value: int) 
             fail(ValueError, name, rule, f"strides {tuple(tensor.strides)}")
 
 
-def _is_list(tensor: Layout) -> bool:
+def is_list(tensor: Layout) -> bool:
     return len(tensor.shape) == 1 and tensor.last_is_contiguous
 
 
-def _rows_aligned(tensor: Layout) -> bool:
+def rows_aligned(tensor: Layout) -> bool:
     """Whether every row begins at a multiple of 16 elements from the first, and provably so."""
     rows = zip(tensor.shape[:-1], tensor.strides[:-1], strict=True)
     return all(stride % ALIGNMENT == 0 for size, stride in rows if size > 1)

@@ -96,6 +96,7 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def nothing_recalled() -> None:
     """Every test's first call goes through all checks, whatever an earlier test has called."""
-    from mla_triton.ops import decode
+    from mla_triton.ops import decode, prefill
 
     decode.RECALLED.clear()
+    prefill.RECALLED.clear()

@@ -233,7 +233,7 @@ def test_the_plan_needs_the_standard_library_alone() -> None:
 
 def test_public_names() -> None:
     assert len(mla_triton.__all__) == len(set(mla_triton.__all__))
-    assert {"decode", "plan", "LatentCache", "CSRPageTable", "AttentionState"} <= set(
+    assert {"decode", "plan", "prefill", "LatentCache", "CSRPageTable", "AttentionState"} <= set(
         mla_triton.__all__
     )
     for name in mla_triton.__all__:
@@ -254,12 +254,13 @@ def test_options_of_operations_are_keyword_only() -> None:
             for p in inspect.signature(getattr(mla_triton, name)).parameters.values()
             if p.kind is not inspect.Parameter.KEYWORD_ONLY
         ]
-        for name in ("decode", "merge", "plan")
+        for name in ("decode", "merge", "plan", "prefill")
     }
     assert positional == {
         "decode": ["q_nope", "q_rope", "cache", "page_table", "kv_lens"],
         "merge": ["states"],
         "plan": ["kv_lens"],
+        "prefill": ["q", "k", "v"],
     }
 
 

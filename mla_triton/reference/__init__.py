@@ -3,6 +3,7 @@
 from mla_triton.reference.decode import decode, decode_same_precision
 from mla_triton.reference.merge import merge, merge_same_precision
 from mla_triton.reference.paging import gather_keys, visible_lengths
+from mla_triton.reference.prefill import prefill, prefill_same_precision
 from mla_triton.reference.unabsorbed import absorb_queries, attention, project_values
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "gather_keys",
     "merge",
     "merge_same_precision",
+    "prefill",
+    "prefill_same_precision",
     "project_values",
     "visible_lengths",
 ]

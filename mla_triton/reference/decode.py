@@ -6,7 +6,7 @@ round and nowhere else, so that its distance from the oracle is the error a kern
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -77,7 +77,7 @@ def decode(
     value_dim]` and lse `[..., heads]`, both in `compute_dtype`.
     """
     value_dim = q_nope.shape[-1] if value_dim is None else value_dim
-    state = _empty_state(q_nope, value_dim, compute_dtype, compute_dtype)
+    state = empty_state(q_nope, value_dim, compute_dtype, compute_dtype)
     for rows, query, keys, visible in requests(
         q_nope, q_rope, cache, page_table, kv_lens,
         causal=causal, cu_seqlens_q=cu_seqlens_q, max_kv_len=max_kv_len,
@@ -124,31 +124,49 @@ def decode_same_precision(
     Returns out in q's dtype and lse float32.
     """
     value_dim = q_nope.shape[-1] if value_dim is None else value_dim
-    state = _empty_state(q_nope, value_dim, q_nope.dtype, torch.float32)
+    state = empty_state(q_nope, value_dim, q_nope.dtype, torch.float32)
 
     def operand(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.to(q_nope.dtype).float()
         return _truncate_to_tf32(tensor) if allow_tf32 else tensor
 
-    with _full_float32():
+    with full_float32():
         for rows, query, keys, visible in requests(
             q_nope, q_rope, cache, page_table, kv_lens,
             causal=causal, cu_seqlens_q=cu_seqlens_q, max_kv_len=max_kv_len,
         ):  # fmt: skip
-            keys, seen = operand(keys), visible[:, None, :]
-            logits = operand(query) @ keys.T * softmax_scale
-            logits = logits.masked_fill(~seen, float("-inf"))
-            peak = logits.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
-            weights = (logits - peak).exp()
-            total = weights.sum(-1, keepdim=True)
-            product = operand(weights) @ keys[:, :value_dim]
-            empty = ~seen.any(-1, keepdim=True)
-            state.out[rows] = (product / total).masked_fill(empty, 0.0).to(q_nope.dtype)
-            state.lse[rows] = (peak + total.log()).squeeze(-1)
+            out, lse = attend_rounded(
+                query, keys, keys[:, :value_dim], visible, softmax_scale, operand
+            )
+            state.out[rows] = out.to(q_nope.dtype)
+            state.lse[rows] = lse
     return state
 
 
-def _empty_state(
+def attend_rounded(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    visible: torch.Tensor,
+    softmax_scale: float,
+    operand: Callable[[torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention `[s_q, heads, value_dim]` and lse `[s_q, heads]` of one request, both float32.
+
+    `operand` rounds what goes into a product; the result is float32, whatever it has lost.
+    """
+    seen = visible[:, None, :]
+    logits = operand(query) @ operand(keys).T * softmax_scale
+    logits = logits.masked_fill(~seen, float("-inf"))
+    peak = logits.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+    weights = (logits - peak).exp()
+    total = weights.sum(-1, keepdim=True)
+    product = operand(weights) @ operand(values)
+    empty = ~seen.any(-1, keepdim=True)
+    return (product / total).masked_fill(empty, 0.0), (peak + total.log()).squeeze(-1)
+
+
+def empty_state(
     q_nope: torch.Tensor, value_dim: int, out_dtype: torch.dtype, lse_dtype: torch.dtype
 ) -> AttentionState:
     rows = q_nope.shape[:-1]
@@ -170,7 +188,7 @@ def _truncate_to_tf32(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _full_float32() -> Iterator[None]:
+def full_float32() -> Iterator[None]:
     """Products of float32 matrices in float32 on every device, whatever the program has chosen."""
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         chosen = torch.get_float32_matmul_precision()

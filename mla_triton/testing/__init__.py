@@ -11,9 +11,11 @@ from mla_triton.testing.budget import (
     compare,
     decode_budget,
     merge_budget,
+    prefill_budget,
 )
-from mla_triton.testing.inputs import check_inputs
+from mla_triton.testing.inputs import check_inputs, check_prefill_inputs
 from mla_triton.testing.merges import MergeInputs, merge_inputs
+from mla_triton.testing.prefill_problems import PrefillInputs, prefill_inputs
 from mla_triton.testing.problems import DecodeInputs, decode_inputs, untouched_padding
 
 __all__ = [
@@ -22,13 +24,17 @@ __all__ = [
     "DecodeInputs",
     "MergeInputs",
     "Model",
+    "PrefillInputs",
     "Report",
     "assert_within_budget",
     "check_inputs",
+    "check_prefill_inputs",
     "compare",
     "decode_budget",
     "decode_inputs",
     "merge_budget",
     "merge_inputs",
+    "prefill_budget",
+    "prefill_inputs",
     "untouched_padding",
 ]

@@ -23,11 +23,15 @@ from dataclasses import dataclass
 import torch
 
 from mla_triton import reference
-from mla_triton.reference.decode import Request, requests, softmax
+from mla_triton.reference.decode import requests, softmax
 from mla_triton.reference.merge import stacked
+from mla_triton.reference.prefill import sequences
 from mla_triton.state import AttentionState
 from mla_triton.testing.merges import MergeInputs
+from mla_triton.testing.prefill_problems import PrefillInputs
 from mla_triton.testing.problems import DecodeInputs
+
+Inputs = DecodeInputs | MergeInputs | PrefillInputs
 
 FACTOR = 2
 FLOAT32 = torch.finfo(torch.float32).eps / 2
@@ -83,78 +87,66 @@ def decode_budget(inputs: DecodeInputs, *, allow_tf32: bool = False) -> Budget:
     arguments, options = inputs.call_arguments()
     exact = reference.decode(*arguments, **options)
     same = reference.decode_same_precision(*arguments, **options, allow_tf32=allow_tf32)
-    return _budget(exact, same, *_reordering(inputs, exact), inputs.q_nope.dtype)
+    order = AttentionState(torch.zeros_like(exact.out), torch.zeros_like(exact.lse))
+    softmax_scale, value_dim = options.pop("softmax_scale"), options.pop("value_dim")
+    for rows, query, keys, visible in requests(*arguments, **options):
+        values = keys[:, : value_dim or inputs.q_nope.shape[-1]]
+        order.out[rows], order.lse[rows] = _reordering(query, keys, values, visible, softmax_scale)
+    return _budget(exact, same, order)
+
+
+def prefill_budget(inputs: PrefillInputs) -> Budget:
+    """The same of a prefill."""
+    arguments, options = inputs.call_arguments()
+    exact = reference.prefill(*arguments, **options)
+    same = reference.prefill_same_precision(*arguments, **options)
+    order = AttentionState(torch.zeros_like(exact.out), torch.zeros_like(exact.lse))
+    softmax_scale = options.pop("softmax_scale")
+    for rows, query, keys, values, visible in sequences(*arguments, **options):
+        order.out[rows], order.lse[rows] = _reordering(query, keys, values, visible, softmax_scale)
+    return _budget(exact, same, order)
 
 
 def merge_budget(inputs: MergeInputs) -> Budget:
-    """The oracle and the error budget of a merge, both on the device of `inputs`."""
+    """The same of a merge."""
     (states,), options = inputs.call_arguments()
     exact = reference.merge(states, **options)
-    same = reference.merge_same_precision(states, **options, dtype=inputs.out_dtype)
-    return _budget(exact, same, *_reordering_of_merge(inputs, exact), inputs.out_dtype)
+    same = reference.merge_same_precision(states, **options, dtype=inputs.dtype)
+    return _budget(exact, same, _reordering_of_merge(inputs, exact))
 
 
-def _budget(
-    exact: AttentionState,
-    same: AttentionState,
-    order_out: torch.Tensor,
-    order_lse: torch.Tensor,
-    dtype: torch.dtype,
-) -> Budget:
+def budget_of(inputs: Inputs) -> Budget:
+    """The oracle and the budget of the operation that the inputs are for."""
+    if isinstance(inputs, MergeInputs):
+        return merge_budget(inputs)
+    return decode_budget(inputs) if isinstance(inputs, DecodeInputs) else prefill_budget(inputs)
+
+
+def _budget(exact: AttentionState, same: AttentionState, order: AttentionState) -> Budget:
+    """The budget from the oracle, the same-precision run, and what another order can change."""
     error, truth = _difference(same.out, exact.out), _finite(exact.out)
-    unit = torch.finfo(dtype).eps / 2
+    unit = torch.finfo(same.out.dtype).eps / 2
     # A rounding is at most one unit; spread evenly, its mean square is a third of that squared.
-    largest = error.amax(-1) + unit * truth.abs().amax(-1) + order_out.amax(-1)
+    largest = error.amax(-1) + unit * truth.abs().amax(-1) + order.out.amax(-1)
     rounding = unit / 3**0.5 * _rms(truth)
-    rms = (_rms(error).square() + rounding.square() + _rms(order_out).square()).sqrt()
-    lse = _difference(same.lse, exact.lse) + FLOAT32 * _finite(exact.lse).abs() + order_lse
+    rms = (_rms(error).square() + rounding.square() + _rms(order.out).square()).sqrt()
+    lse = _difference(same.lse, exact.lse) + FLOAT32 * _finite(exact.lse).abs() + order.lse
     return Budget(exact, FACTOR * largest, FACTOR * rms, FACTOR * lse)
 
 
-def _reordering_of_merge(
-    inputs: MergeInputs, exact: AttentionState
+def _reordering(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    visible: torch.Tensor,
+    softmax_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same of a merge, in which a state is what a key is in a decode."""
-    outs, lses = stacked(inputs.given, torch.float64)
-    is_empty = lses == float("-inf")
-    values = _finite(outs.masked_fill(is_empty[..., None], 0.0))
-    largest = lses.amax(0).clamp_min(torch.finfo(torch.float64).min)
-    weights = (lses - largest).exp()
-    weights = _finite(weights / weights.sum(0).masked_fill(is_empty.all(0), 1.0))
-    below = _finite(lses - largest).abs()
-    weight_error = FLOAT32 * (DIFFERENCE_ROUNDINGS * below + EXP2_ROUNDINGS)
-    out, additions = _finite(exact.out), len(lses)
-    moved = (weights * weight_error)[..., None] * (values - out)
-    drift = out.square() + (weights[..., None] * values).square().sum(0)
-    roundings = additions + DIVISION_ROUNDINGS
-    independent = (moved.square().sum(0) + roundings * FLOAT32**2 * drift).sqrt()
+    """What another order of float32 operations can change, of `out` per element and of `lse`.
 
-    alike = FLOAT32 * additions / 2 * additions * weights.amin(0)
-    common = torch.maximum(values.amin(0), -values.amax(0)).clamp_min(0)
-    lse = (weights * weight_error).sum(0) + FLOAT32 * (additions**0.5 + LOG_ROUNDINGS) + alike
-    if inputs.mask is not None:
-        lse = lse.masked_fill(~inputs.mask[..., None], 0.0)
-    return independent + alike[..., None] * common, lse.masked_fill(is_empty.all(0), 0.0)
-
-
-def _reordering(inputs: DecodeInputs, exact: AttentionState) -> tuple[torch.Tensor, torch.Tensor]:
-    """What another order of float32 operations can change, of `out` per element and of `lse`."""
-    arguments, options = inputs.call_arguments()
-    softmax_scale, value_dim = options.pop("softmax_scale"), options.pop("value_dim")
-    out, lse = torch.zeros_like(exact.out), torch.zeros_like(exact.lse)
-    for request in requests(*arguments, **options):
-        out[request.rows], lse[request.rows] = _reordering_of_request(
-            request, softmax_scale, value_dim or inputs.q_nope.shape[-1]
-        )
-    return out, lse
-
-
-def _reordering_of_request(
-    request: Request, softmax_scale: float, value_dim: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    query, keys = request.query.double(), request.keys.double()
-    values = keys[:, :value_dim]
-    weights, lse = softmax(query, keys, request.visible, softmax_scale)
+    Of one request: `[s_q, heads, d]` queries over the `[n, d]` keys that these heads share.
+    """
+    query, keys, values = query.double(), keys.double(), values.double()
+    weights, lse = softmax(query, keys, visible, softmax_scale)
     out, reach = weights @ values, lse.nan_to_num(0.0, neginf=0.0).abs()[..., None]
 
     # A partial sum of a logit has come as far as the logit and strays as far as its terms in
@@ -175,9 +167,34 @@ def _reordering_of_request(
 
     # Equal terms round alike: over a sum that grows to what they have in common, an average of half
     # of it, their roundings add up one by one.
-    alike = FLOAT32 * additions / 2 * _common_weight(weights, request.visible)
+    alike = FLOAT32 * additions / 2 * _common_weight(weights, visible)
     out_change = independent + alike[..., None] * _common_value(values)
     return out_change, (lse_change + alike).masked_fill(lse == float("-inf"), 0.0)
+
+
+def _reordering_of_merge(inputs: MergeInputs, exact: AttentionState) -> AttentionState:
+    """The same of a merge, in which a state is what a key is in a decode."""
+    outs, lses = stacked(inputs.given, torch.float64)
+    is_empty = lses == float("-inf")
+    values = _finite(outs.masked_fill(is_empty[..., None], 0.0))
+    largest = lses.amax(0).clamp_min(torch.finfo(torch.float64).min)
+    weights = (lses - largest).exp()
+    weights = _finite(weights / weights.sum(0).masked_fill(is_empty.all(0), 1.0))
+    below = _finite(lses - largest).abs()
+    weight_error = FLOAT32 * (DIFFERENCE_ROUNDINGS * below + EXP2_ROUNDINGS)
+    out, additions = _finite(exact.out), len(lses)
+    moved = (weights * weight_error)[..., None] * (values - out)
+    drift = out.square() + (weights[..., None] * values).square().sum(0)
+    roundings = additions + DIVISION_ROUNDINGS
+    independent = (moved.square().sum(0) + roundings * FLOAT32**2 * drift).sqrt()
+
+    alike = FLOAT32 * additions / 2 * additions * weights.amin(0)
+    common = torch.maximum(values.amin(0), -values.amax(0)).clamp_min(0)
+    lse = (weights * weight_error).sum(0) + FLOAT32 * (additions**0.5 + LOG_ROUNDINGS) + alike
+    if inputs.mask is not None:
+        lse = lse.masked_fill(~inputs.mask[..., None], 0.0)
+    out_change = independent + alike[..., None] * common
+    return AttentionState(out_change, lse.masked_fill(is_empty.all(0), 0.0))
 
 
 def _common_weight(weights: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
@@ -192,30 +209,23 @@ def _common_value(values: torch.Tensor) -> torch.Tensor:
     return torch.maximum(values.amin(0), -values.amax(0)).clamp_min(0)
 
 
-def budget_of(inputs: DecodeInputs | MergeInputs) -> Budget:
-    """The budget of a problem of either kind."""
-    return merge_budget(inputs) if isinstance(inputs, MergeInputs) else decode_budget(inputs)
-
-
-def compare(
-    state: AttentionState, inputs: DecodeInputs | MergeInputs, budget: Budget | None = None
-) -> Report:
-    """Judges the result of a decode or merge kernel against its budget.
+def compare(state: AttentionState, inputs: Inputs, budget: Budget | None = None) -> Report:
+    """Judges the result of a kernel against its budget, by default that of its inputs.
 
     `state` is on the device of `inputs`. Where the oracle is infinite or NaN the result has to be
     the same, and nowhere else; only then are numbers compared.
     """
-    budget = budget_of(inputs) if budget is None else budget
-    dtype = inputs.out_dtype if isinstance(inputs, MergeInputs) else inputs.q_nope.dtype
+    if budget is None:
+        budget = budget_of(inputs)
     exact = budget.exact
     expected = {
-        "out": (exact.out.shape, dtype),
+        "out": (exact.out.shape, inputs.dtype),
         "lse": (exact.lse.shape, torch.float32),
     }
-    for name, (shape, wanted) in expected.items():
+    for name, (shape, dtype) in expected.items():
         got = getattr(state, name)
-        if got.shape != shape or got.dtype != wanted:
-            kind = f"{wanted} {list(shape)}"
+        if got.shape != shape or got.dtype != dtype:
+            kind = f"{dtype} {list(shape)}"
             return Report(False, f"{name} is {got.dtype} {list(got.shape)}, expected {kind}")
     for name in ("out", "lse"):
         got, truth = getattr(state, name).double(), getattr(exact, name)

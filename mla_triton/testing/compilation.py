@@ -8,7 +8,7 @@ Of the Hopper kernel both forms, whichever the heuristic would take.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -237,12 +237,19 @@ def _made(
 
 def compile_all(wanted: Sequence[Case], processes: int | None = None) -> list[Compiled]:
     """Compiles cases side by side, by default one process a core."""
+    return side_by_side(compile_case, wanted, processes)
+
+
+def side_by_side(
+    compile_one: Callable[[Any], Any], wanted: Sequence[Any], processes: int | None = None
+) -> list[Any]:
+    """What a function of a module makes of each, in processes in which Triton compiles."""
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "0"
     try:
         workers = processes or os.cpu_count() or 1
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            return list(pool.map(compile_case, wanted, chunksize=4))
+            return list(pool.map(compile_one, wanted, chunksize=4))
     finally:
         if before is None:
             del os.environ["TRITON_INTERPRET"]

@@ -44,6 +44,39 @@ def check_inputs(
     _check_pages(cache, page_table, kv_lens.tolist())
 
 
+def check_prefill_inputs(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int | None = None,
+    **_: object,
+) -> None:
+    """Reads the offsets and checks what `mla_triton.prefill` assumes of them.
+
+    Takes the arguments of a call as they are, of types and shapes that the call accepts. Raises
+    ValueError naming the argument, the rule and the value that breaks it.
+    """
+    for name, tensor, rows, whose in (
+        ("cu_seqlens_q", cu_seqlens_q, q.shape[0], "q"),
+        ("cu_seqlens_k", cu_seqlens_k, k.shape[0], "k"),
+    ):
+        offsets = tensor.tolist()
+        _check_offsets(name, offsets)
+        if offsets[-1] > rows:
+            raise ValueError(
+                f"{name} must end within the {rows} tokens of {whose}, got {offsets[-1]}"
+            )
+    longest = max((end - first for first, end in pairwise(cu_seqlens_q.tolist())), default=0)
+    if max_seqlen_q is not None and longest > max_seqlen_q:
+        raise ValueError(
+            f"max_seqlen_q must be at least the longest sequence's queries, {longest}, "
+            f"got {max_seqlen_q}"
+        )
+
+
 def _check_offsets(name: str, offsets: list[int]) -> None:
     if offsets[0] != 0:
         raise ValueError(f"{name} must start at 0, got {offsets[0]}")

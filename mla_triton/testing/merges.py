@@ -26,7 +26,8 @@ class MergeInputs:
 
     states: tuple[AttentionState, ...]
     mask: torch.Tensor | None
-    out_dtype: torch.dtype
+    dtype: torch.dtype
+    """Of the `out` of the result."""
     is_stack: bool = False
     padding: int = 0
     """Columns between the rows of strided tensors."""
@@ -53,7 +54,7 @@ class MergeInputs:
     def output_buffers(self) -> dict[str, torch.Tensor]:
         """`out` and `lse` filled with NaN, strided where the inputs are."""
         out, lse = (torch.full_like(tensor, float("nan")) for tensor in self.states[0])
-        out = out.to(self.out_dtype)
+        out = out.to(self.dtype)
         return {"out": padded(out, self.padding), "lse": padded(lse, self.padding)}
 
     def to(self, device: torch.device | str) -> MergeInputs:
@@ -125,7 +126,7 @@ def merge_inputs(
     inputs = MergeInputs(
         states=tuple(made),
         mask=mask,
-        out_dtype=first_dtype if out_dtype is None else out_dtype,
+        dtype=first_dtype if out_dtype is None else out_dtype,
         is_stack=stacked,
         padding=padding,
         recipe=recipe,

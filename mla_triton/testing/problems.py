@@ -41,6 +41,10 @@ class DecodeInputs:
     recipe: dict[str, Any] = field(default_factory=dict)
     """The arguments of `decode_inputs` that made this problem."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.q_nope.dtype
+
     def call_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments, for `mla_triton.decode` and for the reference."""
         positional = (self.q_nope, self.q_rope, self.cache, self.page_table, self.kv_lens)
@@ -108,7 +112,7 @@ def decode_inputs(
     keys = [torch.randn(n, latent + rope, generator=generator) for n in kv_lens]
     bounds = list(accumulate(s_q_of, initial=0))
     for request, key in enumerate(keys):
-        _shape_keys(key, query[bounds[request] : bounds[request + 1]], logits, generator)
+        shape_keys(key, query[bounds[request] : bounds[request + 1]], logits, generator)
 
     pages, table_of = _scatter_pages([-(-n // page_size) for n in kv_lens], generator)
     cache = _fill_cache(keys, table_of, pages, page_size, latent + rope).to(dtype)
@@ -116,17 +120,17 @@ def decode_inputs(
     if q_lens is None:
         query = query.unflatten(0, (len(kv_lens), s_q))
     inputs = DecodeInputs(
-        q_nope=_head_major(query[..., :latent], padding),
+        q_nope=head_major(query[..., :latent], padding),
         q_rope=padded(query[..., latent:], padding) if rope else None,
         cache=padded(cache, padding) if layout == "fused" else LatentCache(
             padded(cache[..., :latent], padding),
             padded(cache[..., latent:], padding) if rope else None,
         ),
         page_table=_dense(table_of, padding) if table == "dense" else _csr(table_of),
-        kv_lens=_int32(kv_lens),
+        kv_lens=int32(kv_lens),
         softmax_scale=scale,
         causal=causal,
-        cu_seqlens_q=None if q_lens is None else _int32(bounds),
+        cu_seqlens_q=None if q_lens is None else int32(bounds),
         value_dim=value_dim,
         padding=padding,
         recipe=recipe,
@@ -142,7 +146,7 @@ def untouched_padding(view: torch.Tensor) -> bool:
     return bool(whole.isnan().all())
 
 
-def _shape_keys(
+def shape_keys(
     keys: torch.Tensor, query: torch.Tensor, logits: Logits, generator: torch.Generator
 ) -> None:
     """Turns the normal keys and queries of one request into what `logits` asks for, in place."""
@@ -152,7 +156,7 @@ def _shape_keys(
         keys[:] = keys[0].clone()
     if logits == "dominant_key":
         # All queries lean towards one direction, along which the chosen key lies.
-        direction = torch.randn(keys.shape[1], generator=generator)
+        direction = torch.randn(keys.shape[-1], generator=generator)
         query *= 0.3
         query += direction
         keys[int(torch.randint(len(keys), (), generator=generator))] = direction
@@ -188,7 +192,7 @@ def _dense(pages: list[torch.Tensor], padding: int) -> torch.Tensor:
 def _csr(pages: list[torch.Tensor]) -> CSRPageTable:
     unused = torch.tensor([UNUSED_PAGE])
     indptr = accumulate((len(page) for page in pages), initial=0)
-    return CSRPageTable(_int32(list(indptr)), torch.cat([*pages, unused]).to(torch.int32))
+    return CSRPageTable(int32(list(indptr)), torch.cat([*pages, unused]).to(torch.int32))
 
 
 def padded(tensor: torch.Tensor, padding: int) -> torch.Tensor:
@@ -199,14 +203,14 @@ def padded(tensor: torch.Tensor, padding: int) -> torch.Tensor:
     return wider[..., :width]
 
 
-def _head_major(query: torch.Tensor, padding: int) -> torch.Tensor:
+def head_major(query: torch.Tensor, padding: int) -> torch.Tensor:
     """`[..., heads, width]`, in memory one head after another where rows are padded."""
     if not padding:
         return query.contiguous()
     return padded(query.movedim(-2, 0), padding).movedim(0, -2)
 
 
-def _int32(values: Sequence[int]) -> torch.Tensor:
+def int32(values: Sequence[int]) -> torch.Tensor:
     return torch.tensor(list(values), dtype=torch.int32)
 
 

@@ -9,7 +9,8 @@
         arguments, options = inputs.call_arguments()
         testing.assert_within_budget(my_decode(*arguments, **options), inputs)
 
-A failing problem prints itself as the `decode_inputs(...)` call that makes it again. Needs
+`prefill_problems` does the same for prefill. A failing problem prints itself as the
+`decode_inputs(...)` or `prefill_inputs(...)` call that makes it again. Needs
 hypothesis, which comes with the extra `test`.
 """
 
@@ -21,6 +22,7 @@ from typing import Literal
 import torch
 from hypothesis import strategies as st
 
+from mla_triton.testing.prefill_problems import PrefillInputs, prefill_inputs
 from mla_triton.testing.problems import DecodeInputs, Logits, decode_inputs
 
 
@@ -84,6 +86,61 @@ def decode_problems(
         table=draw(st.sampled_from(tables)),
         strided=draw(st.sampled_from(paddings)),
         logits=draw(st.sampled_from(logits)),
+        seed=draw(st.integers(0, 2**16)),
+        device=device,
+    )
+
+
+@st.composite
+def prefill_problems(
+    draw: st.DrawFn,
+    *,
+    dtypes: Sequence[torch.dtype] = (torch.float16, torch.bfloat16, torch.float32),
+    dims: Sequence[tuple[int, int, int]] = ((96, 32, 64), (128, 64, 128), (192, 64, 128)),
+    heads: Sequence[tuple[int, int]] = ((1, 1), (3, 3), (4, 2), (5, 1)),
+    logits: Sequence[Logits] = ("normal", "large", "equal_keys", "dominant_key"),
+    splits: Sequence[bool] = (False, True),
+    paddings: Sequence[int] = (0, 16, 1),
+    max_batch: int = 4,
+    max_q_len: int = 70,
+    max_k_len: int = 100,
+    tile: int = 32,
+    device: torch.device | str = "cpu",
+) -> PrefillInputs:
+    """Draws a problem that `mla_triton.prefill` must get right.
+
+    `dims` are (qk, rotary columns of it, v), `heads` (query heads, KV heads), `splits` whether the
+    rotary columns may be tensors of their own. Lengths favour the neighbourhood of multiples of
+    `tile`; a sequence may have no queries, no keys, or more queries than keys.
+    """
+
+    def lengths(largest: int) -> st.SearchStrategy[int]:
+        border = st.builds(
+            lambda n, off: max(0, n * tile + off),
+            st.integers(0, max(0, largest // tile - 1)),
+            st.integers(-1, 1),
+        )
+        return st.one_of(st.integers(0, largest), border)
+
+    pair = st.tuples(lengths(max_q_len), lengths(max_k_len))
+    lens = draw(st.lists(pair, min_size=1, max_size=max_batch))
+    qk, rope, v_dim = draw(st.sampled_from(dims))
+    query_heads, kv_heads = draw(st.sampled_from(heads))
+    return prefill_inputs(
+        q_lens=[q for q, _ in lens],
+        k_lens=[k for _, k in lens],
+        heads=query_heads,
+        kv_heads=kv_heads,
+        qk=qk,
+        v_dim=v_dim,
+        rope=rope,
+        split_q=draw(st.sampled_from(splits)),
+        split_k=draw(st.sampled_from(splits)),
+        dtype=draw(st.sampled_from(dtypes)),
+        causal=draw(st.booleans()),
+        strided=draw(st.sampled_from(paddings)),
+        logits=draw(st.sampled_from(logits)),
+        constant_values=draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),
         device=device,
     )

@@ -32,6 +32,22 @@ class DecodeTensors(NamedTuple):
     softmax_scale: float
 
 
+class PrefillTensors(NamedTuple):
+    """What a prefill launch reads and writes; shapes as in `mla_triton.prefill`."""
+
+    q: torch.Tensor
+    q_rope: torch.Tensor | None
+    k: torch.Tensor
+    k_rope: torch.Tensor | None
+    """`[keys, rope]`, one for all heads."""
+    v: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+    softmax_scale: float
+
+
 def strides(tensor: torch.Tensor | None, ragged: bool) -> tuple[int, int, int]:
     """(request, token, head) strides of `[batch, s_q, heads, ...]` or `[tokens, heads, ...]`."""
     if tensor is None:
