@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy
+import prefill_rejections
 import pytest
 import torch
 from merge_rejections import MERGE
@@ -46,8 +47,6 @@ from mla_triton.cache import CSRPageTable, LatentCache
 from mla_triton.testing import decode_inputs
 
 ROOT = Path(__file__).parent.parent
-
-ALL = [*REJECTIONS, *MERGE]
 
 needs_kernels = pytest.mark.skipif(
     not devices.interpreting(), reason="CPU tensors are not taken to the kernels"
@@ -454,9 +453,12 @@ def test_an_ordinary_call_does_not_load_what_tests_need():
 
 # -- source, table and documentation agree
 
+EVERY = [*REJECTIONS, *MERGE, *prefill_rejections.REJECTIONS]
+FOUND_BY_DEBUGGING = [*DEBUG, *DEBUG_INTERPRETED, *prefill_rejections.DEBUG]
 SOURCES = (
     "validate.py",
     "validate_merge.py",
+    "validate_prefill.py",
     "debug.py",
     "select.py",
     "ops/decode.py",
@@ -482,9 +484,9 @@ def refusals(path: Path) -> list[range]:
 @needs_kernels
 def test_every_refusal_in_the_source_has_a_case(monkeypatch):
     reached = set()
-    for case in ALL:
+    for case in EVERY:
         debug.switched_on.cache_clear()
-        monkeypatch.setenv("MLA_TRITON_DEBUG", str(int(case in (*DEBUG, *DEBUG_INTERPRETED))))
+        monkeypatch.setenv("MLA_TRITON_DEBUG", str(int(case in FOUND_BY_DEBUGGING)))
         with pytest.raises(case.error) as error:
             case.call()
         reached |= {(str(entry.path), entry.lineno + 1) for entry in error.traceback}
@@ -498,7 +500,7 @@ def test_every_refusal_in_the_source_has_a_case(monkeypatch):
 
 
 def test_names_of_cases_are_unique():
-    names = [case.name for case in ALL]
+    names = [case.name for case in EVERY]
     assert len(names) == len(set(names))
 
 
@@ -536,7 +538,7 @@ def rows() -> list[Row]:
 
 def test_every_case_has_its_row_in_the_documentation():
     table = rows()
-    for case in ALL:
+    for case in EVERY:
         assert sum(row.fits(case) for row in table) == 1, case
 
 
@@ -545,4 +547,4 @@ def test_every_row_in_the_documentation_has_its_case():
         assert row.way_out
         for template in row.templates:
             one = row._replace(templates=(template,))
-            assert any(one.fits(case) for case in ALL), template
+            assert any(one.fits(case) for case in EVERY), template

@@ -127,15 +127,12 @@ def candidates(problem: PrefillProblem, device: Device) -> list[tuple[Config, st
         return [(Config(64 if is_wide or is_hip else 128, 32, 8, 2), rule)]
     is_short = problem.usual_queries <= 64
     if is_hip:
-        small = (Config(64, 32, 4, 2), "a wave for every 16 queries, a step of keys in LDS")
+        small = (Config(64, 32, 4, 2), "a wave for every 16 queries, 32 keys in LDS")
         if is_short:
             return [small]
         if is_wide:
             return [(Config(128, 32, 4, 2), "a wave for every 32 queries: more waves spill"), small]
-        return [
-            (Config(128, 64, 8, 2), "a wave for every 16 queries, a step of keys in LDS"),
-            small,
-        ]
+        return [(Config(128, 64, 8, 2), "a wave for every 16 queries, 64 keys in LDS"), small]
     if device.has_wgmma:
         if is_short:
             return [(Config(64, 64, 8 if is_wide else 4, 2), "sequences of few queries")]
@@ -143,14 +140,14 @@ def candidates(problem: PrefillProblem, device: Device) -> list[tuple[Config, st
             return [(Config(128, 64, 8, 2), "wgmma: a warpgroup for every 64 queries")]
         return [(Config(128, 128, 8, 2), "wgmma: a warpgroup for every 64 queries, wide steps")]
     if device.has_tcgen05:
-        rows = 64 if is_short else 128
-        return [(Config(rows, 64, 8, 2), "tcgen05: 64 keys a step keep the scores in registers")]
+        rows, reason = 64 if is_short else 128, "tcgen05: scores of 64 keys a step do not spill"
+        return [
+            (Config(rows, 64, 8, 3), f"{reason}; two steps in flight"),
+            (Config(rows, 64, 8, 2), f"{reason}; one step in flight"),
+        ]
     if is_wide:
         return [
-            (
-                Config(64, 32, 8, 3),
-                "mma.sync: 8 warps share 64 queries of 256 columns, else spills",
-            ),
+            (Config(64, 32, 8, 3), "mma.sync: 8 warps hold 64 rows of 256 columns, fewer spill"),
             (Config(64, 32, 8, 2), "mma.sync: the same with one step of keys in flight"),
         ]
     if is_short:
