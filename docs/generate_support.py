@@ -18,7 +18,9 @@ import torch
 import triton
 
 from mla_triton import device as devices
+from mla_triton.testing import prefill_compilation
 from mla_triton.testing.compilation import DIMENSIONS, LABELS, Compiled, cases, compile_all
+from mla_triton.testing.prefill_compilation import PrefillCompiled
 
 PAGE = Path(__file__).parent / "support.md"
 INTRODUCTION = """\
@@ -63,6 +65,16 @@ for: of the loops over whole blocks and over the keys around them, the one with 
 HOPPER = """\
 The kernel for Hopper, `sm90`, in both of its forms. It is compiled to 168 registers a thread, which
 its warps share out anew when they begin.
+"""
+PREFILL = """\
+## Prefill
+
+The portable kernel of prefill, as it is chosen for long sequences and for short ones (64 query
+tokens on average, or fewer). Each line gives the worst of all forms of call; none of these has run
+on any card but where [prefill](prefill.md) says so.
+
+| capability | qk, v | dtype | queries | config | shared memory | registers | spills | in the loop |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
 
@@ -133,7 +145,43 @@ def decode_table(rows: Sequence[Compiled]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def page(compiled: Sequence[Compiled]) -> str:
+def prefill_key(row: PrefillCompiled) -> tuple[str, ...]:
+    problem = row.case.problem
+    dtype = str(problem.dtype).removeprefix("torch.")
+    return (
+        row.case.label,
+        f"{problem.qk_dim}, {problem.value_dim}",
+        dtype if problem.aligned else f"{dtype} misaligned",
+        "long" if problem.usual_queries > prefill_compilation.SHORT else "short",
+        row.config,
+    )
+
+
+def prefill_section(compiled: Sequence[PrefillCompiled]) -> str:
+    """The worst of every form of call, a row for each configuration."""
+    grouped: dict[tuple[str, ...], list[PrefillCompiled]] = {}
+    for row in compiled:
+        grouped.setdefault(prefill_key(row), []).append(row)
+    lines = []
+    for (label, widths, dtype, queries, config), rows in grouped.items():
+        worst = [row.resources for row in rows]
+        slowed = max(worst, key=lambda r: r.loop_spills / max(1, r.loop_instructions))
+        cells = [
+            label,
+            widths,
+            dtype,
+            queries,
+            f"`{config}`",
+            str(max(r.shared_memory for r in worst)),
+            str(max(r.registers for r in worst)),
+            str(max(r.spilled for r in worst)),
+            f"{slowed.loop_spills} of {slowed.loop_instructions}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |\n")
+    return PREFILL + "".join(lines)
+
+
+def page(compiled: Sequence[Compiled], prefill: Sequence[PrefillCompiled]) -> str:
     """The whole page as Markdown."""
     parts = [INTRODUCTION + summary(compiled), FOREIGN, TABLES.format(triton=triton.__version__)]
     for label in LABELS:
@@ -148,14 +196,15 @@ def page(compiled: Sequence[Compiled]) -> str:
             f"{max(r.resources.shared_memory for r in small)} bytes of shared memory and "
             f"{max(r.resources.spilled for r in small)} bytes of spills.\n"
         )
-    return "\n".join(parts)
+    return "\n".join([*parts, prefill_section(prefill)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
     options = parser.parse_args(arguments)
-    text = page(compile_all(list(cases())))
+    prefill = prefill_compilation.compile_all(list(prefill_compilation.cases()))
+    text = page(compile_all(list(cases())), prefill)
     if options.check:
         if PAGE.read_text() == text:
             return 0

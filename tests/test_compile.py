@@ -13,7 +13,7 @@ import triton
 from mla_triton import device as devices
 from mla_triton.kernels.portable import decode_config
 from mla_triton.kernels.portable.decode_config import Config
-from mla_triton.testing import compilation, resources
+from mla_triton.testing import compilation, prefill_compilation, resources
 from mla_triton.testing.compilation import LABELS, Compiled
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -98,7 +98,8 @@ def test_support_page_says_what_was_compiled(compiled):
     spec = importlib.util.spec_from_file_location("generate_support", DOCS / "generate_support.py")
     generator = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generator)
-    on_disk, made = (DOCS / "support.md").read_text(), generator.page(compiled)
+    prefill = prefill_compilation.compile_all(list(prefill_compilation.cases()))
+    on_disk, made = (DOCS / "support.md").read_text(), generator.page(compiled, prefill)
     if triton.__version__ != PINNED:
         # Other versions lay code out differently: the page's frame must still be the generator's.
         assert f"Triton {PINNED}" in on_disk
