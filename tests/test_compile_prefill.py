@@ -4,7 +4,9 @@ cards.
 
 from __future__ import annotations
 
+import io
 import re
+from contextlib import redirect_stdout
 
 import pytest
 import torch
@@ -82,7 +84,7 @@ def ptx_of(label: str, k_nope: int, qk: int = 192) -> str:
 
 
 def copies_of(arguments: tuple[str, int, int]) -> list[str]:
-    """Bytes of every asynchronous copy."""
+    """Bytes of every asynchronous copy of a variant."""
     copies = re.findall(
         r"cp\.async\.c[ag]\.shared\.global \[[^,]*\], \[[^,]*\], (\w+)", ptx_of(*arguments)
     )
@@ -96,3 +98,24 @@ def test_keys_in_two_parts_are_copied_16_bytes_at_a_time():
     ]
     for sizes in side_by_side(copies_of, wanted):
         assert set(sizes) == {"16"}
+
+
+def remarks_on(case: PrefillCase) -> str:
+    """What ptxas says of a case."""
+    from mla_triton.kernels.portable import prefill
+
+    device = devices.from_label(case.label)
+    said = io.StringIO()
+    with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), redirect_stdout(said):
+        triton.knobs.nvidia.dump_ptxas_log = True
+        triton.knobs.compilation.always_compile = True
+        prefill.compile(case.problem, prefill_config.heuristic(case.problem, device), device)
+    return said.getvalue()
+
+
+def test_wgmma_is_not_serialised():
+    """Every config of a Hopper card: serialised, its tensor cores wait for each instruction."""
+    wanted = [case for case in prefill_compilation.cases() if case.label == "9.0"]
+    for case, remarks in zip(wanted, side_by_side(remarks_on, wanted), strict=True):
+        assert "ptxas info" in remarks
+        assert "serialized" not in remarks, case

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
@@ -183,12 +184,25 @@ def softmax_of_products(
 
 
 @triton.jit
+def settled(accumulator):
+    """The same, waited for here: an instruction that is none, but reads and writes it.
+
+    wgmma that is in flight from one step of a loop to the next has its registers moved under it,
+    and ptxas then serialises every wgmma of the kernel (its remark C7515).
+    """
+    return tl.inline_asm_elementwise(
+        "", "=f,0", [accumulator], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def attend(
     q_first, q_rest, running_max, running_sum, accumulator,
     k_rows, k_rope_rows, v_rows, keys_left, visible_end, scale_log2,
     FIRST: tl.constexpr, REST: tl.constexpr, K_NOPE: tl.constexpr, VALUE: tl.constexpr,
     BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
-    NEGATIVE_SCALE: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
+    NEGATIVE_SCALE: tl.constexpr, SETTLE: tl.constexpr, PRECISION: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over one step of keys: its new (maximum, sum, accumulator).
 
@@ -229,6 +243,8 @@ def attend(
         PRECISION,
         EMULATE_BF16,
     )
+    if SETTLE:
+        accumulator = settled(accumulator)
     return running_max, running_sum, accumulator
 
 
@@ -242,7 +258,8 @@ def prefill_kernel(
     FIRST: tl.constexpr, REST: tl.constexpr, VALUE: tl.constexpr,
     Q_NOPE: tl.constexpr, K_NOPE: tl.constexpr, CAUSAL: tl.constexpr,
     NEGATIVE_SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
+    STAGES: tl.constexpr, SETTLE: tl.constexpr, PRECISION: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     QK: tl.constexpr = FIRST + REST
     # `abreast` heads take turns, tile after tile from the last one on; then come the next heads.
@@ -306,8 +323,8 @@ def prefill_kernel(
             q_first, q_rest, running_max, running_sum, accumulator,
             k_rows + step * k_stride_t, k_rope_rows + step * k_rope_stride_t,
             v_rows + step * v_stride_t, key_count - block, row_end - block, scale_log2,
-            FIRST, REST, K_NOPE, VALUE, BLOCK_N, False, CAUSAL, NEGATIVE_SCALE, PRECISION,
-            EMULATE_BF16,
+            FIRST, REST, K_NOPE, VALUE, BLOCK_N, False, CAUSAL, NEGATIVE_SCALE, SETTLE,
+            PRECISION, EMULATE_BF16,
         )  # fmt: skip
     for block in tl.range(whole_end, end_key, BLOCK_N, num_stages=STAGES):
         step = token + block
@@ -315,8 +332,8 @@ def prefill_kernel(
             q_first, q_rest, running_max, running_sum, accumulator,
             k_rows + step * k_stride_t, k_rope_rows + step * k_rope_stride_t,
             v_rows + step * v_stride_t, key_count - block, row_end - block, scale_log2,
-            FIRST, REST, K_NOPE, VALUE, BLOCK_N, True, CAUSAL, NEGATIVE_SCALE, PRECISION,
-            EMULATE_BF16,
+            FIRST, REST, K_NOPE, VALUE, BLOCK_N, True, CAUSAL, NEGATIVE_SCALE, SETTLE,
+            PRECISION, EMULATE_BF16,
         )  # fmt: skip
 
     result, lse_log2 = finish_softmax(accumulator, running_max, running_sum)
@@ -350,6 +367,7 @@ def variant(problem: PrefillProblem, config: Config, device: Device) -> Variant:
             ("BLOCK_M", config.block_m),
             ("BLOCK_N", config.block_n),
             ("STAGES", config.num_stages),
+            ("SETTLE", device.has_wgmma and problem.dtype != torch.float32),
             ("PRECISION", "ieee"),
             ("EMULATE_BF16", emulates_bf16(problem.dtype, device)),
         ),
