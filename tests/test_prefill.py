@@ -342,6 +342,17 @@ def test_keys_and_values_as_columns_of_one_projection():
     assert_equal(run(replace(inputs, k=k, v=v)), run(inputs))
 
 
+def test_one_tensor_of_offsets_for_queries_and_keys(monkeypatch):
+    """As most prompts have it; the next call like it may come with two."""
+    kept = []
+    monkeypatch.setattr(operation.RECALLED, "keep", lambda *given: kept.append(given[2]))
+    inputs = prefill_inputs(q_lens=[5, 40], **SMALL)
+    expected = run(inputs)
+    assert_equal(run(replace(inputs, cu_seqlens_k=inputs.cu_seqlens_q)), expected)
+    for recording in kept:
+        assert len(recording._places) - 1 == recording._given == 7
+
+
 def test_run_to_run_bitwise_equality():
     inputs = prefill_inputs(**LENS, **SMALL)
     assert_equal(run(inputs), run(inputs))
@@ -360,7 +371,7 @@ def test_a_hint_spares_programs_and_never_adds_any():
     assert without == 1000 // 64 + 100
     assert prefill_config.tile_slots(replace(problem, max_seqlen_q=64), config) == 100
     assert prefill_config.tile_slots(replace(problem, max_seqlen_q=5000), config) == without
-    assert prefill_config.tile_slots(replace(problem, max_seqlen_q=0), config) == 0
+    assert prefill_config.tile_slots(replace(problem, max_seqlen_q=0), config) == 1
 
 
 def test_the_grid_has_a_slot_for_every_tile():

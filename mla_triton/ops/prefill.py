@@ -154,6 +154,9 @@ def _prefill(
     max_seqlen_q: int | None,
     impl: str | None,
 ) -> None:
+    if cu_seqlens_k is cu_seqlens_q:
+        # A recording tells tensors apart by identity, and the next call's may be two.
+        cu_seqlens_k = cu_seqlens_k.detach()
     tensors = (q, q_rope, k, k_rope, v, cu_seqlens_q, cu_seqlens_k, out, lse)
     problem = validate_prefill.prefill(
         *tensors, softmax_scale=softmax_scale, causal=causal, max_seqlen_q=max_seqlen_q

@@ -222,9 +222,12 @@ def test_nothing_waits_for_the_device():
 
 
 @by_half
-def test_a_call_that_is_recalled(dtype):
+@pytest.mark.parametrize("shared_offsets", [False, True])
+def test_a_call_that_is_recalled(shared_offsets, dtype):
     """The second call goes by the first one's launches, with other tensors."""
-    first, second = (make(dtype=dtype, split_k=True, seed=seed) for seed in (0, 1))
+    first, second = (make(k_lens=None, dtype=dtype, split_k=True, seed=seed) for seed in (0, 1))
+    if shared_offsets:
+        first = replace(first, cu_seqlens_k=first.cu_seqlens_q)
     run(first)
     assert operation.RECALLED._calls
     arguments, options = second.call_arguments()

@@ -183,12 +183,13 @@ def tuning_point(problem: PrefillProblem, device: Device, row_tile: int | None =
 def tile_slots(problem: PrefillProblem, config: Config) -> int:
     """Query tiles that the sequences of a batch can have at most, whatever their lengths.
 
-    Every sequence may end inside a tile; none has more tiles than the longest.
+    Every sequence may end inside a tile; none has more tiles than the longest. At least one, so
+    that there is something to launch.
     """
     slots = problem.queries // config.block_m + problem.batch
     if problem.max_seqlen_q is not None:
         slots = min(slots, problem.batch * cdiv(problem.max_seqlen_q, config.block_m))
-    return slots
+    return max(1, slots)
 
 
 def heads_abreast(problem: PrefillProblem) -> int:
