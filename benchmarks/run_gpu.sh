@@ -3,21 +3,23 @@
 #
 #   benchmarks/run_gpu.sh OUTPUT_DIRECTORY [STEP...]
 #
-# Steps, all of them by default and in this order: info check tests tuning sm8x bench merge tune
-# first_call sanitizer suite. Each has a time limit (LIMIT_<STEP>, in seconds), its log is
-# OUTPUT_DIRECTORY/<step>.log, and a step that fails stops none of the others. PYTHON names the
-# interpreter; PYTEST_ARGS (such as "-n 8", to compile on several cores) and BENCH_ARGS are handed on.
+# Steps, all of them by default and in this order: info check tests prefill merge tuning sm8x
+# bench bench_prefill bench_merge tune first_call sanitizer suite. Each has a time limit
+# (LIMIT_<STEP>, in seconds), its log is OUTPUT_DIRECTORY/<step>.log, and a step that fails stops none
+# of the others. PYTHON names the interpreter; PYTEST_ARGS (such as "-n 8", to compile on several
+# cores) and BENCH_ARGS are handed on.
 set -u
 
 cd "$(dirname "$0")/.."
 if [ $# -lt 1 ]; then
-    sed -n '2,9s/^# \{0,1\}//p' "$0"
+    sed -n '2,10s/^# \{0,1\}//p' "$0"
     exit 2
 fi
 output=$1
 shift
 steps=("$@")
-[ ${#steps[@]} -gt 0 ] || steps=(info check tests tuning sm8x bench merge tune first_call sanitizer suite)
+[ ${#steps[@]} -gt 0 ] || steps=(info check tests prefill merge tuning sm8x bench bench_prefill \
+    bench_merge tune first_call sanitizer suite)
 
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -30,19 +32,21 @@ command_of() {
     case $1 in
     info) echo "nvidia-smi; $python -m mla_triton info" ;;
     check) echo "$python -m mla_triton check" ;;
-    tests) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_decode_gpu.py \
-        tests/gpu/test_merge_gpu.py" ;;
+    tests) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_decode_gpu.py" ;;
+    prefill) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_prefill_gpu.py" ;;
+    merge) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_merge_gpu.py" ;;
     tuning) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_tuning_gpu.py" ;;
     sm8x) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_sm8x_code.py" ;;
     bench) echo "$python benchmarks/decode.py --output '$output/bench.json' ${BENCH_ARGS:-}; rc=\$?;
         [ ! -f '$output/bench.json' ] || $python benchmarks/targets.py '$output/bench.json'
         exit \$rc" ;;
+    bench_prefill) echo "$python benchmarks/prefill.py --output '$output/prefill.json'" ;;
+    bench_merge) echo "$python benchmarks/merge.py --output '$output/merge.json'" ;;
     tune) echo "$python benchmarks/tune.py --output '$output/tune.json'" ;;
-    merge) echo "$python benchmarks/merge.py --output '$output/merge.json'" ;;
     first_call) echo "$python benchmarks/first_call.py --output '$output/first_call.json'" ;;
     sanitizer) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_sanitizer.py" ;;
-    suite) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/test_operators.py tests/test_merge.py \
-        tests/test_recall.py tests/test_deepseek_v3_layer.py" ;;
+    suite) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/test_operators.py \
+        tests/test_prefill_operators.py tests/test_merge.py tests/test_recall.py tests/test_deepseek_v3_layer.py" ;;
     *) return 1 ;;
     esac
 }
@@ -52,15 +56,17 @@ limit_of() {
     case $1 in
     info) echo "${!own:-60}" ;;
     check) echo "${!own:-180}" ;;
-    tests) echo "${!own:-900}" ;;
+    tests) echo "${!own:-600}" ;;
+    prefill) echo "${!own:-600}" ;;
+    merge) echo "${!own:-300}" ;;
     tuning) echo "${!own:-300}" ;;
     sm8x) echo "${!own:-240}" ;;
     bench) echo "${!own:-420}" ;;
+    bench_prefill) echo "${!own:-300}" ;;
+    bench_merge) echo "${!own:-240}" ;;
     tune) echo "${!own:-300}" ;;
-    merge) echo "$python benchmarks/merge.py --output '$output/merge.json'" ;;
-    merge) echo "${!own:-240}" ;;
     first_call) echo "${!own:-300}" ;;
-    sanitizer) echo "${!own:-420}" ;;
+    sanitizer) echo "${!own:-600}" ;;
     suite) echo "${!own:-900}" ;;
     esac
 }

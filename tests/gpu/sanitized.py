@@ -1,6 +1,6 @@
 """A script for compute-sanitizer: every kernel on small problems, judged on the CPU.
 
-    python sanitized.py WAY    one of portable, sm90-1 and sm90-2
+    python sanitized.py WAY    one of portable, sm90-1 and sm90-2, prefill or merge
 
 Memory comes straight from the driver (PYTORCH_NO_CUDA_MEMORY_CACHING=1), so that an access past the
 end of a tensor is one past the end of an allocation.
@@ -14,9 +14,13 @@ from typing import Any
 import torch
 from ways import WAYS, Way, forced, run
 
-import mla_triton
-from mla_triton import AttentionState
-from mla_triton.testing import assert_within_budget, decode_inputs, merge_inputs
+from mla_triton import AttentionState, merge, prefill
+from mla_triton.testing import (
+    assert_within_budget,
+    decode_inputs,
+    merge_inputs,
+    prefill_inputs,
+)
 
 KV_LENS = (300, 0, 65, 1)
 PORTABLE: tuple[dict[str, Any], ...] = (
@@ -64,9 +68,9 @@ def merge_all() -> int:
         (states,), options = there.call_arguments()
         first = there.states[0]
         for buffers in (there.output_buffers(), {"out": first.out, "lse": first.lse}):
-            state = mla_triton.merge(states, **options, **buffers)
+            state = merge(states, **options, **buffers)
             assert_within_budget(AttentionState(*(tensor.cpu() for tensor in state)), inputs)
-    return len(MERGES)
+    return 2 * len(MERGES)
 
 
 def decode_all(way: Way) -> int:
@@ -87,11 +91,41 @@ def decode_all(way: Way) -> int:
     return len(problems) + 2
 
 
+PREFILL: tuple[dict[str, Any], ...] = (
+    {"dtype": torch.bfloat16, "split_k": True},
+    {"dtype": torch.float16, "split_k": True, "qk": 256, "v_dim": 256},
+    {"dtype": torch.float16, "split_q": True, "split_k": True, "qk": 96, "rope": 32, "v_dim": 64},
+    {"dtype": torch.bfloat16, "kv_heads": 2, "qk": 128, "causal": False},
+    {"dtype": torch.bfloat16, "split_k": True, "strided": True},
+    {"dtype": torch.float16, "strided": 3},
+    {"dtype": torch.bfloat16, "q_lens": (3, 0, 9, 1), "k_lens": (40, 5, 0, 70)},
+    {"dtype": torch.float32},
+)
+
+
+def prefill_all() -> int:
+    """The same for prefill, with offsets that lie at the end."""
+    for problem in PREFILL:
+        inputs = prefill_inputs(**({"q_lens": (130, 0, 65), "k_lens": (200, 9, 64)} | problem))
+        arguments, options = inputs.to("cuda").call_arguments()
+        state = prefill(*arguments, **options)
+        assert_within_budget(AttentionState(*(tensor.cpu() for tensor in state)), inputs)
+    arguments, options = prefill_inputs(q_lens=(300, 9), device="cuda").call_arguments()
+    wrong = torch.tensor([-5, 2**31 - 1, 7], dtype=torch.int32, device="cuda")
+    prefill(*arguments, **(options | {"cu_seqlens_q": wrong, "cu_seqlens_k": wrong}))
+    torch.cuda.synchronize()
+    return len(PREFILL) + 1
+
+
 def main(name: str) -> int:
-    way = next(way for way in WAYS if str(way) == name)
-    with forced(way):
-        merged = merge_all() if way.impl == "portable" else 0
-        print(f"{decode_all(way)} problems decoded, {merged} merged")
+    others = {"prefill": prefill_all, "merge": merge_all}
+    if name in others:
+        judged = others[name]()
+    else:
+        way = next(way for way in WAYS if str(way) == name)
+        with forced(way):
+            judged = decode_all(way)
+    print(f"{judged} problems judged")
     return 0
 
 
