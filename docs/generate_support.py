@@ -18,9 +18,9 @@ import torch
 import triton
 
 from mla_triton import device as devices
+from mla_triton.problem import PrefillProblem
 from mla_triton.testing import prefill_compilation
-from mla_triton.testing.compilation import DIMENSIONS, LABELS, Compiled, cases, compile_all
-from mla_triton.testing.prefill_compilation import PrefillCompiled
+from mla_triton.testing.compilation import DIMENSIONS, LABELS, Case, Compiled, cases, compile_all
 
 PAGE = Path(__file__).parent / "support.md"
 INTRODUCTION = """\
@@ -88,14 +88,30 @@ def summary(compiled: Sequence[Compiled]) -> str:
     for label in LABELS:
         device = devices.from_label(label)
         every = [row for row in compiled if row.case.label == label]
-        rows = [row for row in every if row.case.is_decode]
-        others = [row for row in every if not row.case.is_decode]
+        rows = [row for row in every if row.case.is_attention]
+        prefills = sum(map(is_prefill, rows))
         lines.append(
             f"| {label} | {device.name} and its kind | {device.shared_memory // 1024} KiB "
-            f"| {family(rows)} "
-            f"| {len(rows)} of decode, {len(others)} of combine, schedule and merge |"
+            f"| {family(rows)} | {len(rows) - prefills} of decode, {prefills} of prefill, "
+            f"{len(every) - len(rows)} of combine, schedule and merge |"
         )
     return "\n".join(lines) + "\n"
+
+
+def is_prefill(row: Compiled) -> bool:
+    return isinstance(row.case.problem, PrefillProblem)
+
+
+def resource_cells(rows: Sequence[Compiled]) -> list[str]:
+    """The worst of several: shared memory, registers, spills, spills in the loop."""
+    worst = [row.resources for row in rows]
+    slowed = max(worst, key=lambda r: r.loop_spills / max(1, r.loop_instructions))
+    return [
+        str(max(r.shared_memory for r in worst)),
+        str(max(r.registers for r in worst)),
+        str(max(r.spilled for r in worst)),
+        f"{slowed.loop_spills} of {slowed.loop_instructions}",
+    ]
 
 
 def decode_key(row: Compiled) -> tuple[str, str, str, int, str]:
@@ -128,24 +144,19 @@ def decode_table(rows: Sequence[Compiled]) -> str:
         same = list(grouped)
         width, dtype, config, row_tile, form = key
         pages = sorted({row.case.problem.page_size for row in same})
-        worst = [row.resources for row in same]
-        slowed = max(worst, key=lambda r: r.loop_spills / max(1, r.loop_instructions))
         cells = [
             width,
             f"{dtype} {form}".strip(),
             str(row_tile),
             f"`{config}`",
             ", ".join(map(str, pages)),
-            str(max(r.shared_memory for r in worst)),
-            str(max(r.registers for r in worst)),
-            str(max(r.spilled for r in worst)),
-            f"{slowed.loop_spills} of {slowed.loop_instructions}",
+            *resource_cells(same),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def prefill_key(row: PrefillCompiled) -> tuple[str, ...]:
+def prefill_key(row: Compiled) -> tuple[str, ...]:
     problem = row.case.problem
     dtype = str(problem.dtype).removeprefix("torch.")
     return (
@@ -157,36 +168,29 @@ def prefill_key(row: PrefillCompiled) -> tuple[str, ...]:
     )
 
 
-def prefill_section(compiled: Sequence[PrefillCompiled]) -> str:
+def prefill_section(compiled: Sequence[Compiled]) -> str:
     """The worst of every form of call, a row for each configuration."""
-    grouped: dict[tuple[str, ...], list[PrefillCompiled]] = {}
+    grouped: dict[tuple[str, ...], list[Compiled]] = {}
     for row in compiled:
         grouped.setdefault(prefill_key(row), []).append(row)
     lines = []
     for (label, widths, dtype, queries, config), rows in grouped.items():
-        worst = [row.resources for row in rows]
-        slowed = max(worst, key=lambda r: r.loop_spills / max(1, r.loop_instructions))
-        cells = [
-            label,
-            widths,
-            dtype,
-            queries,
-            f"`{config}`",
-            str(max(r.shared_memory for r in worst)),
-            str(max(r.registers for r in worst)),
-            str(max(r.spilled for r in worst)),
-            f"{slowed.loop_spills} of {slowed.loop_instructions}",
-        ]
+        cells = [label, widths, dtype, queries, f"`{config}`", *resource_cells(rows)]
         lines.append("| " + " | ".join(cells) + " |\n")
     return PREFILL + "".join(lines)
 
 
-def page(compiled: Sequence[Compiled], prefill: Sequence[PrefillCompiled]) -> str:
-    """The whole page as Markdown."""
+def every_case() -> list[Case]:
+    """What the page is about."""
+    return [*cases(), *prefill_compilation.cases()]
+
+
+def page(compiled: Sequence[Compiled]) -> str:
+    """The whole page as Markdown, from `every_case` compiled."""
     parts = [INTRODUCTION + summary(compiled), FOREIGN, TABLES.format(triton=triton.__version__)]
     for label in LABELS:
-        rows = [row for row in compiled if row.case.label == label]
-        small = [row for row in rows if not row.case.is_decode]
+        rows = [row for row in compiled if row.case.label == label and not is_prefill(row)]
+        small = [row for row in rows if not row.case.is_attention]
         hopper = [row for row in rows if row.case.kernel == "sm90"]
         parts.append(
             f"### {label}\n\n"
@@ -196,15 +200,14 @@ def page(compiled: Sequence[Compiled], prefill: Sequence[PrefillCompiled]) -> st
             f"{max(r.resources.shared_memory for r in small)} bytes of shared memory and "
             f"{max(r.resources.spilled for r in small)} bytes of spills.\n"
         )
-    return "\n".join([*parts, prefill_section(prefill)])
+    return "\n".join([*parts, prefill_section(list(filter(is_prefill, compiled)))])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
     options = parser.parse_args(arguments)
-    prefill = prefill_compilation.compile_all(list(prefill_compilation.cases()))
-    text = page(compile_all(list(cases())), prefill)
+    text = page(compile_all(every_case()))
     if options.check:
         if PAGE.read_text() == text:
             return 0

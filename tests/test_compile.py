@@ -13,7 +13,7 @@ import triton
 from mla_triton import device as devices
 from mla_triton.kernels.portable import decode_config
 from mla_triton.kernels.portable.decode_config import Config
-from mla_triton.testing import compilation, prefill_compilation, resources
+from mla_triton.testing import compilation, resources
 from mla_triton.testing.compilation import LABELS, Compiled
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -63,7 +63,7 @@ def test_the_merge_cannot_begin_before_the_schedule_is_there(compiled):
 
 def test_matrix_instructions_are_those_of_the_card(compiled):
     for row in compiled:
-        if not row.case.is_decode:
+        if not row.case.is_attention:
             continue
         device = devices.from_label(row.case.label)
         families = row.resources.instructions
@@ -98,8 +98,9 @@ def test_support_page_says_what_was_compiled(compiled):
     spec = importlib.util.spec_from_file_location("generate_support", DOCS / "generate_support.py")
     generator = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generator)
-    prefill = prefill_compilation.compile_all(list(prefill_compilation.cases()))
-    on_disk, made = (DOCS / "support.md").read_text(), generator.page(compiled, prefill)
+    others = generator.every_case()[len(compiled) :]
+    made = generator.page([*compiled, *compilation.compile_all(others)])
+    on_disk = (DOCS / "support.md").read_text()
     if triton.__version__ != PINNED:
         # Other versions lay code out differently: the page's frame must still be the generator's.
         assert f"Triton {PINNED}" in on_disk

@@ -16,8 +16,8 @@ from mla_triton import device as devices
 from mla_triton.device import Device
 from mla_triton.kernels.portable import prefill_config
 from mla_triton.testing import prefill_compilation
-from mla_triton.testing.compilation import LABELS, side_by_side
-from mla_triton.testing.prefill_compilation import PrefillCase, PrefillCompiled, problem
+from mla_triton.testing.compilation import LABELS, Case, Compiled, compile_all, side_by_side
+from mla_triton.testing.prefill_compilation import problem
 
 PINNED = "3.6.0"
 """The Triton that the configs were chosen by: other versions lay code out differently."""
@@ -26,11 +26,11 @@ ONE_IN = 50 if triton.__version__ == PINNED else 10
 
 
 @pytest.fixture(scope="module")
-def compiled() -> list[PrefillCompiled]:
-    return prefill_compilation.compile_all(list(prefill_compilation.cases()))
+def compiled() -> list[Compiled]:
+    return compile_all(list(prefill_compilation.cases()))
 
 
-def describe(row: PrefillCompiled) -> str:
+def describe(row: Compiled) -> str:
     return f"{row.case} as {row.config}: {row.resources}"
 
 
@@ -61,7 +61,7 @@ def test_matrix_instructions_are_those_of_the_card(compiled):
         assert row.resources.instructions == {family_of(row.case, device)}, describe(row)
 
 
-def family_of(case: PrefillCase, device: Device) -> str:
+def family_of(case: Case, device: Device) -> str:
     if device.backend == "hip":
         return "mfma"
     if case.problem.dtype == torch.float32:
@@ -100,7 +100,7 @@ def test_keys_in_two_parts_are_copied_16_bytes_at_a_time():
         assert set(sizes) == {"16"}
 
 
-def remarks_on(case: PrefillCase) -> str:
+def remarks_on(case: Case) -> str:
     """What ptxas says of a case."""
     from mla_triton.kernels.portable import prefill
 

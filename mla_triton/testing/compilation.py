@@ -1,6 +1,7 @@
 """Every kernel variant that the heuristics can choose, compiled for its card without having it.
 
-Of the Hopper kernel both forms, whichever the heuristic would take.
+`cases` are those of decode, in both forms of the Hopper kernel, of its schedule and its combine,
+and of merge; `mla_triton.testing.prefill_compilation` has those of prefill.
 
 `compile_all` runs in processes of its own: a process in which Triton interprets cannot compile.
 """
@@ -19,7 +20,7 @@ import torch
 from mla_triton import device as devices
 from mla_triton.device import Device
 from mla_triton.kernels.sm90 import decode_config as sm90_config
-from mla_triton.problem import MOST_APART, DecodeProblem, MergeProblem, RowSteps
+from mla_triton.problem import MOST_APART, DecodeProblem, MergeProblem, PrefillProblem, RowSteps
 from mla_triton.testing import resources
 from mla_triton.testing.resources import Resources
 
@@ -38,14 +39,14 @@ class Case:
 
     label: str
     kernel: str
-    """"portable" or "sm90", which decode, "combine", "schedule" or "merge"."""
-    problem: DecodeProblem | MergeProblem
+    """"portable" or "sm90" of what computes attention; "combine", "schedule" or "merge"."""
+    problem: DecodeProblem | PrefillProblem | MergeProblem
     config: Any = None
     """None for the heuristic's."""
 
     @property
-    def is_decode(self) -> bool:
-        return self.kernel not in ("combine", "schedule", "merge")
+    def is_attention(self) -> bool:
+        return self.kernel in ("portable", "sm90")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Compiled:
     limit: int
     """Bytes of shared memory a program may take on the card."""
     estimate: int
-    """What `portable.decode_config.shared_memory` expected; 0 for the other kernels."""
+    """What `shared_memory` of the portable kernels of attention expected; 0 for the others."""
     resources: Resources
 
 
@@ -191,6 +192,8 @@ def _compile(case: Case) -> Compiled:
     device = devices.from_label(case.label)
     if isinstance(case.problem, MergeProblem):
         return _compile_merge(case, case.problem, device)
+    if isinstance(case.problem, PrefillProblem):
+        return _compile_prefill(case, case.problem, device)
     if case.kernel == "sm90":
         return _compile_sm90(case, case.problem, device)
     config = portable.heuristic(case.problem, device)
@@ -219,6 +222,15 @@ def _compile_merge(case: Case, problem: MergeProblem, device: Device) -> Compile
     config = merge.heuristic(problem, device)
     compiled = merge.compile(problem, config, device)
     return _made(case, device, config.rows, str(config), 0, compiled)
+
+
+def _compile_prefill(case: Case, problem: PrefillProblem, device: Device) -> Compiled:
+    from mla_triton.kernels.portable import prefill, prefill_config
+
+    config = prefill.heuristic(problem, device)
+    estimate = prefill_config.shared_memory(config, problem, device)
+    compiled = prefill.compile(problem, config, device)
+    return _made(case, device, config.block_m, str(config), estimate, compiled)
 
 
 def _compile_sm90(case: Case, problem: DecodeProblem, device: Device) -> Compiled:
