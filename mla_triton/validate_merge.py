@@ -25,10 +25,13 @@ from mla_triton.validate import (
     LAST_DIMENSION,
     Facts,
     Layout,
+    check_no_grad,
+    check_results,
     check_tensor,
     exceeds_int32,
     facts,
     fail,
+    rows_aligned,
     shape,
 )
 
@@ -108,7 +111,7 @@ def merge(
 ) -> Merge:
     """Checks one call of merge, as `mla_triton.merge` has unpacked it."""
     if torch.is_grad_enabled():
-        check_no_grad(outs, lses, out, lse)
+        check_no_grad(_named(outs, lses, out, lse))
     given = [*outs, *lses, *(() if mask is None else (mask,)), out, lse]
     addresses = [tensor.data_ptr() for tensor in given]
     wide = addresses[-2]
@@ -132,7 +135,7 @@ def merge_without_memory(
 ) -> None:
     """The rules as far as fake tensors of a compiler show them; sizes may be symbolic."""
     if torch.is_grad_enabled():
-        check_no_grad(outs, lses, out, lse)
+        check_no_grad(_named(outs, lses, out, lse))
     check_rules(_call_of(outs, lses, mask, out, lse, aligned=False))
 
 
@@ -165,20 +168,14 @@ def _call_of(
     )
 
 
-def check_no_grad(
-    outs: Sequence[torch.Tensor],
-    lses: Sequence[torch.Tensor],
-    out: torch.Tensor,
-    lse: torch.Tensor,
-) -> None:
-    results = {"out": [out], "lse": [lse]}
+def _named(
+    outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor], out: torch.Tensor, lse: torch.Tensor
+) -> dict[str, torch.Tensor | None]:
+    """What holds numbers, by the names that a user has for it."""
+    named: dict[str, torch.Tensor | None] = {}
     for kind, given in (("out", outs), ("lse", lses)):
-        for place, tensor in enumerate([*given, *results[kind]]):
-            if tensor.requires_grad:
-                name = kind if place == len(given) else _name(place, len(given), kind)
-                rule = "not require grad while grad is enabled (there is no backward)"
-                way_out = "a tensor that does: call under torch.no_grad() or pass it detached"
-                fail(ValueError, name, rule, way_out)
+        named |= {_name(place, len(given), kind): tensor for place, tensor in enumerate(given)}
+    return named | {"out": out, "lse": lse}
 
 
 def _name(place: int, count: int, kind: str) -> str:
@@ -235,7 +232,7 @@ def merge_of(call: MergeCall) -> Merge:
         rank=max(1 if mask is None else 2, len(sizes)),
         aligned=call.aligned
         and nexts[0] % ALIGNMENT == 0
-        and all(_rows_aligned(layout) for layout in wide),
+        and all(rows_aligned(layout) for layout in wide),
         rows=total,
     )
     places = _layout(middle, inner, named, *nexts)
@@ -318,17 +315,12 @@ def check_rules(
         _check_shape(_name(place, len(outs), "lse"), state_lse, tuple(whole[:-1]))
     if mask is not None:
         _check_shape("mask", mask, tuple(rows[:-1]))
-    _check_shape("out", out, (*rows, value_dim))
-    _check_shape("lse", lse, tuple(rows))
+    check_results(out, lse, tuple(rows), value_dim)
     _check_rows(name, rows)
     for place, layout in enumerate([*outs, out]):
         if not layout.last_is_contiguous:
             argument = "out" if place == len(outs) else _name(place, len(outs), "out")
             fail(ValueError, argument, LAST_DIMENSION, f"strides {tuple(layout.strides)}")
-    for argument, layout in (("out", out), ("lse", lse)):
-        if layout.may_overlap:
-            rule = "be laid out without overlap"
-            fail(ValueError, argument, rule, f"strides {tuple(layout.strides)}")
     return outs, lses, mask, out, lse
 
 
@@ -384,11 +376,6 @@ def _check_alike(name: str, model_name: str, layout: Layout, model: Layout) -> N
 
 def _first_of(stack: Layout) -> Layout:
     return Layout(stack.dtype, stack.device, stack.shape[1:], stack.strides[1:])
-
-
-def _rows_aligned(layout: Layout) -> bool:
-    rows = zip(layout.shape[:-1], layout.strides[:-1], strict=True)
-    return all(stride % ALIGNMENT == 0 for size, stride in rows if size > 1)
 
 
 # -- where the result lies
