@@ -46,7 +46,8 @@ command_of() {
     first_call) echo "$python benchmarks/first_call.py --output '$output/first_call.json'" ;;
     sanitizer) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_sanitizer.py" ;;
     suite) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/test_operators.py \
-        tests/test_prefill_operators.py tests/test_merge.py tests/test_recall.py tests/test_deepseek_v3_layer.py" ;;
+        tests/test_prefill_operators.py tests/test_merge.py tests/test_merge_operators.py \
+        tests/test_recall.py tests/test_deepseek_v3_layer.py" ;;
     *) return 1 ;;
     esac
 }
