@@ -1,4 +1,4 @@
-"""What would run a decode or a merge on a card, how, and why nothing else runs it."""
+"""What would run a decode, a prefill or a merge on a card, how, and why nothing else runs it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from mla_triton import configs, select
 from mla_triton.device import Device
 from mla_triton.plan import Geometry, schedule
-from mla_triton.problem import DecodeProblem, MergeProblem
+from mla_triton.problem import DecodeProblem, MergeProblem, PrefillProblem
 
 
 def device_facts(device: Device) -> dict[str, Any]:
@@ -45,14 +45,26 @@ def decode(
     return facts
 
 
+def prefill(problem: PrefillProblem, device: Device, impl: str | None = None) -> dict[str, Any]:
+    """The same of a prefill."""
+    return _configured(problem, device, select.prefill(problem, device, impl), impl)
+
+
 def merge(problem: MergeProblem, device: Device, impl: str | None = None) -> dict[str, Any]:
     """The same of a merge."""
-    selection = select.merge(problem, device, impl)
-    said = {field.name: getattr(problem, field.name) for field in fields(problem)}
-    said = {name: _plain(value) for name, value in said.items()}
-    facts = _facts(said, device, selection, impl)
+    return _configured(problem, device, select.merge(problem, device, impl), impl)
+
+
+def _configured(
+    problem: PrefillProblem | MergeProblem,
+    device: Device,
+    selection: select.Selection,
+    impl: str | None,
+) -> dict[str, Any]:
+    """The facts of what has a config and no schedule."""
+    facts = _facts(_values(problem), device, selection, impl)
     if selection.name != "reference":
-        facts["config"] = _config_facts(configs.choose(selection.module, problem, device, None))
+        facts["config"] = _config_facts(configs.choose(selection.module, problem, device))
     return facts
 
 
@@ -78,13 +90,17 @@ def _config_facts(choice: configs.Choice) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+def _values(problem: DecodeProblem | PrefillProblem | MergeProblem) -> dict[str, Any]:
+    """The fields of a problem, dtypes by their names."""
+    values = {field.name: getattr(problem, field.name) for field in fields(problem)}
+    return {
+        name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+        for name, value in values.items()
+    }
 
 
 def _problem_facts(problem: DecodeProblem, kv_len: int) -> dict[str, Any]:
-    values = {field.name: getattr(problem, field.name) for field in fields(problem)}
-    values |= {"dtype": _plain(problem.dtype), "kv_len": kv_len}
+    values = _values(problem) | {"kv_len": kv_len}
     return {name: value for name, value in values.items() if name != "num_pages"}
 
 
@@ -102,8 +118,8 @@ def _schedule_facts(problem: DecodeProblem, geometry: Geometry, kv_len: int) -> 
 
 
 def lines(facts: dict[str, Any]) -> list[str]:
-    """The same facts for a reader."""
-    problem, device = facts["problem"], facts["device"]
+    """The facts of a decode for a reader."""
+    problem = facts["problem"]
     page_table = "CSR" if problem["csr"] else "dense"
     queries = "ragged, about" if problem["s_q"] is None else "s_q"
     s_q = problem["s_q"] or -(-problem["queries"] // problem["batch"])
@@ -113,14 +129,11 @@ def lines(facts: dict[str, Any]) -> list[str]:
         f"value {problem['value_dim']}, {problem['dtype']}",
         f"          batch {problem['batch']}, {queries} {s_q}, kv_len {problem['kv_len']}, "
         f"page {problem['page_size']} in a {page_table} table{mask}",
-        f"device    {device_line(device)}",
-        f"runs      {facts['implementation']}",
+        *_what_runs(facts),
     ]
     if facts["config"] is not None:
         geometry, made = facts["geometry"], facts["schedule"]
         text += [
-            f"config    {facts['config']['text']}",
-            f"because   {facts['config']['reason']}",
             f"geometry  tiles of {geometry['kv_tile']} keys x {geometry['row_tile']} rows; "
             f"{geometry['parts']} parts x {geometry['lanes']} lanes = "
             f"{geometry['programs']} programs",
@@ -130,18 +143,37 @@ def lines(facts: dict[str, Any]) -> list[str]:
     return text + _others(facts)
 
 
+def prefill_lines(facts: dict[str, Any]) -> list[str]:
+    """The facts of a prefill for a reader."""
+    problem = facts["problem"]
+    shared = problem["qk_dim"] - problem["k_nope"]
+    mask = ", causal" if problem["causal"] else ""
+    text = [
+        f"problem   prefill, {problem['heads']} heads, qk {problem['qk_dim']} ({shared} of a key "
+        f"shared), value {problem['value_dim']}, {problem['dtype']}",
+        f"          {problem['batch']} sequences, {problem['queries']} queries and "
+        f"{problem['keys']} keys in all{mask}",
+    ]
+    return text + _what_runs(facts) + _others(facts)
+
+
 def merge_lines(facts: dict[str, Any]) -> list[str]:
     """The facts of a merge for a reader."""
-    problem, config = facts["problem"], facts["config"]
+    problem = facts["problem"]
     text = [
         f"problem   merge of {problem['states']} states, {problem['rows']} rows of "
-        f"{problem['value_dim']}, {problem['first_dtype']}",
-        f"device    {device_line(facts['device'])}",
-        f"runs      {facts['implementation']}",
+        f"{problem['value_dim']}, {problem['first_dtype']}"
     ]
+    return text + _what_runs(facts) + _others(facts)
+
+
+def _what_runs(facts: dict[str, Any]) -> list[str]:
+    """The card, the implementation and its config."""
+    text = [f"device    {device_line(facts['device'])}", f"runs      {facts['implementation']}"]
+    config = facts["config"]
     if config is not None:
         text += [f"config    {config['text']}", f"because   {config['reason']}"]
-    return text + _others(facts)
+    return text
 
 
 def _others(facts: dict[str, Any]) -> list[str]:

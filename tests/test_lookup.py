@@ -441,7 +441,8 @@ def test_the_reason_says_why_there_is_no_row():
     with looking_in(tables.table(row(problem=replace(PLAIN, heads=64)))):
         assert choose().reason == (
             f"heuristic: {because}; no tuned row: "
-            "no table has its key (implementation, dtype, widths, heads, s_q, page size)"
+            "no table has its key (implementation, dtype, format, heads, latent, page_size, rope, "
+            "row_tile, s_q, value_dim)"
         )
 
 

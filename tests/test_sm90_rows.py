@@ -150,7 +150,7 @@ def test_both_forms_are_timed():
     assert work.candidates[0] == work.heuristic == sm90.heuristic(work.problem, CARD)
     assert work.pruned == ()
     assert work.point == row().point
-    variants = {tuner.trials.variant(sm90, work.problem, c, CARD) for c in work.candidates}
+    variants = {tuner.decode.variant(sm90, work.problem, c, CARD) for c in work.candidates}
     assert len(variants) == 2
 
 

@@ -98,8 +98,8 @@ def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Card]:
         return made.microseconds(config, problem) * made.noise()
 
     monkeypatch.setattr(tuner.workers, "run", made.run)
-    monkeypatch.setattr(tuner.trials, "Trial", Trial)
-    monkeypatch.setattr(tuner.trials, "Memory", lambda device: None)
+    monkeypatch.setattr(tuner.decode, "Trial", Trial)
+    monkeypatch.setattr(tuner, "Memory", lambda device: None)
     monkeypatch.setattr(timing, "glance_microseconds", lambda calls: microseconds(calls[0]))
     monkeypatch.setattr(timing, "graph_of", lambda calls, each: ((calls[0], 7), 7))
     monkeypatch.setattr(
@@ -177,7 +177,7 @@ def test_the_header_says_where_rows_are_from(card):
     header = loads(store.path(CARD).read_text()).header
     assert store.why_not(header, CARD) is None
     assert (header.gpu, header.sm_count, header.torch) == (CARD.name, 132, torch.__version__)
-    assert header.protocol == tuner.trials.PROTOCOL
+    assert header.protocol == tuner.PROTOCOL
     assert header.date[:2] == "20"
 
 
@@ -290,7 +290,7 @@ def test_a_heuristic_that_does_not_compile(card):
 
 def test_keys_that_do_not_fit_into_memory(card, monkeypatch):
     """In as many copies as the L2 cannot hold."""
-    size = tuner.trials.bytes_of(problem(4, 2048))
+    size = tuner.decode.bytes_of(problem(4, 2048))
     needed = size * timing.cold_copies(size)
     properties = SimpleNamespace(total_memory=(needed - 1) / tuner.MEMORY_SHARE)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
@@ -595,4 +595,4 @@ def test_the_command_cannot_store(card, at_hand, capsys, monkeypatch, tmp_path):
 
 def test_bytes_of_a_problem_are_those_of_whole_pages():
     found = replace(problem(4, 2048), max_kv_len=65)
-    assert tuner.trials.bytes_of(found) == 4 * 128 * 576 * 2
+    assert tuner.decode.bytes_of(found) == 4 * 128 * 576 * 2

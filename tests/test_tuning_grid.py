@@ -65,7 +65,7 @@ def test_points_are_distinct_and_the_largest_come_first():
     points = [each.point for each in found]
     assert len(points) == len(set(points)) == 2 * 2 * 3 * POINTS
     for dtype in (torch.float16, torch.bfloat16):
-        sizes = [tuner.trials.bytes_of(e.problem) for e in found if e.problem.dtype == dtype]
+        sizes = [tuner.decode.bytes_of(e.problem) for e in found if e.problem.dtype == dtype]
         assert sizes == sorted(sizes, reverse=True)
     dtypes = [each.problem.dtype for each in found]
     assert dtypes == sorted(dtypes, key=str), "memory of one dtype is made once"

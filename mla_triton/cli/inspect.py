@@ -20,7 +20,14 @@ from mla_triton.cli.options import Commands, add_command, natural, positive, sho
 from mla_triton.configs import cache_directory
 from mla_triton.device import Device
 from mla_triton.explain import device_facts, device_line
-from mla_triton.problem import DecodeProblem, MergeProblem, RowSteps
+from mla_triton.models import Model
+from mla_triton.problem import (
+    DecodeProblem,
+    MergeProblem,
+    PrefillProblem,
+    RowSteps,
+    usual_queries,
+)
 from mla_triton.tuning.deployment import DTYPES, MAX_HEADS
 
 
@@ -45,7 +52,7 @@ def _add_shape(command: argparse.ArgumentParser) -> None:
     add("--heads", type=positive, help="heads of one rank (default 128)")
     add("--latent", type=positive, help="default 512")
     add("--rope", type=natural, help="default 64")
-    add("--value-dim", type=positive, help="default: latent")
+    add("--value-dim", type=positive, help="default: latent; with --prefill the model's values")
     add("--dtype", choices=DTYPES, default="bfloat16")
     add("--batch", type=positive, default=16)
     add("--s-q", type=positive, default=1, help="query tokens of a request")
@@ -54,7 +61,12 @@ def _add_shape(command: argparse.ArgumentParser) -> None:
     add("--csr", action="store_true", help="page table in CSR form")
     add("--ragged", action="store_true", help="query tokens by cu_seqlens_q, --s-q on average")
     add("--no-causal", action="store_true")
-    add("--states", type=positive, metavar="N", help="a merge of N such states, instead of decode")
+    add(
+        "--prefill", action="store_true",
+        help="instead, a prefill of --batch sequences, --s-q queries and --kv-len keys each",
+    )  # fmt: skip
+    add("--qk", type=positive, metavar="N", help="columns of its queries and keys, --rope of them")
+    add("--states", type=positive, metavar="N", help="a merge of N states that such a call leaves")
 
 
 def info(arguments: argparse.Namespace) -> int:
@@ -95,13 +107,16 @@ def explain(arguments: argparse.Namespace) -> int:
     """What would run, on the card here or one that is described."""
     try:
         device = _card(arguments)
-        problem = _problem(arguments)
-        if arguments.states is None:
-            facts = explanation.decode(problem, device, arguments.kv_len, arguments.impl)
-            lines = explanation.lines(facts)
-        else:
+        problem = _prefill(arguments) if arguments.prefill else _decode(arguments)
+        if arguments.states is not None:
             facts = explanation.merge(_merge(arguments.states, problem), device, arguments.impl)
             lines = explanation.merge_lines(facts)
+        elif isinstance(problem, PrefillProblem):
+            facts = explanation.prefill(problem, device, arguments.impl)
+            lines = explanation.prefill_lines(facts)
+        else:
+            facts = explanation.decode(problem, device, arguments.kv_len, arguments.impl)
+            lines = explanation.lines(facts)
     except (ValueError, NotImplementedError) as error:
         arguments.parser.error(str(error))
     show(facts, arguments, lines)
@@ -118,10 +133,45 @@ def _card(arguments: argparse.Namespace) -> Device:
     return card if arguments.gpu is None else replace(card, name=arguments.gpu)
 
 
-def _problem(arguments: argparse.Namespace) -> DecodeProblem:
-    """The problem that the options describe; ValueError where they describe none."""
+def _rank(arguments: argparse.Namespace) -> tuple[Model, int]:
+    """The model, and the heads of one of its ranks."""
     model = models.named(arguments.model or "DeepSeek-V3")
-    heads = arguments.heads or models.rank_heads(model.heads, arguments.tp)
+    return model, arguments.heads or models.rank_heads(model.heads, arguments.tp)
+
+
+def _prefill(arguments: argparse.Namespace) -> PrefillProblem:
+    """The prefill that the options describe; ValueError where they describe none."""
+    model, heads = _rank(arguments)
+    for name in ("latent", "csr", "ragged"):
+        value = getattr(arguments, name)
+        if value:
+            raise ValueError(f"{name} must be left out with --prefill, got {value}")
+    rope = model.rope if arguments.rope is None else arguments.rope
+    width = arguments.qk or model.nope + rope
+    if rope >= width:
+        raise ValueError(f"rope must be less than qk, {width}, got {rope}")
+    queries = arguments.batch * arguments.s_q
+    return PrefillProblem(
+        dtype=DTYPES[arguments.dtype],
+        heads=heads,
+        kv_heads=heads,
+        qk_dim=width,
+        value_dim=arguments.value_dim or model.v,
+        q_nope=width,
+        k_nope=width - rope,
+        causal=not arguments.no_causal,
+        usual_queries=usual_queries(queries, arguments.batch),
+        batch=arguments.batch,
+        queries=queries,
+        keys=arguments.batch * arguments.kv_len,
+    )
+
+
+def _decode(arguments: argparse.Namespace) -> DecodeProblem:
+    """The decode that the options describe; ValueError where they describe none."""
+    model, heads = _rank(arguments)
+    if arguments.qk is not None:
+        raise ValueError(f"qk must be left out without --prefill, got {arguments.qk}")
     latent = arguments.latent or model.latent
     rope = model.rope if arguments.rope is None else arguments.rope
     same_widths = (latent, rope) == (model.latent, model.rope)
@@ -155,8 +205,8 @@ def _problem(arguments: argparse.Namespace) -> DecodeProblem:
     )
 
 
-def _merge(states: int, problem: DecodeProblem) -> MergeProblem:
-    """The merge of so many states that a decode left; ValueError for one alone."""
+def _merge(states: int, problem: DecodeProblem | PrefillProblem) -> MergeProblem:
+    """The merge of so many states that a call left; ValueError for one alone."""
     if states < 2:
         raise ValueError(f"states must be two or more, got {states}")
     return MergeProblem(

@@ -65,13 +65,17 @@ def add_deployment(command: argparse.ArgumentParser) -> None:
     add("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"])
     add("--page-size", type=positive, nargs="+", default=[64], metavar="N")
     add("--no-causal", action="store_true")
+    add(
+        "--prefill-tokens", type=natural, default=0, metavar="N",
+        help="query tokens of a prefill (mla_triton.prefill), at most; default: it is not called",
+    )  # fmt: skip
 
 
 def description(arguments: argparse.Namespace) -> dict[str, Any]:
     """The deployment's options as `mla_triton.tune` and `mla_triton.warmup` take them."""
     names = (
         "model", "from_model", "tp", "heads", "latent", "rope", "value_dim", "max_batch",
-        "max_len", "s_q", "dtype", "page_size",
+        "max_len", "s_q", "dtype", "page_size", "prefill_tokens",
     )  # fmt: skip
     return {name: getattr(arguments, name) for name in names} | {"causal": not arguments.no_causal}
 

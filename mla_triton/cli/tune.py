@@ -129,7 +129,8 @@ def _listing(work: Sequence[Work], skipped: int) -> Iterator[str]:
         yield f"{tuner.describe_point(each.point)}: {count} configs, {len(each.pruned)} pruned"
     rules: Counter[str] = Counter()
     for each in work:
-        rules.update(f"{tuple(vars(config).values())}: {why}" for config, why in each.pruned)
+        op = each.point.op
+        rules.update(f"{op} {tuple(vars(config).values())}: {why}" for config, why in each.pruned)
     for rule, count in sorted(rules.items()):
         yield f"pruned at {count} of {len(work)} points: {rule}"
     trials = sum(len(each.candidates) for each in work)

@@ -73,7 +73,7 @@ def choose(
             passed_over.append(f"passed over {dict(found.row.config)} of {origin.name}: {rule}")
     config, reason = implementation.choose(problem, device, row_tile)
     if point is not None and not passed_over:
-        passed_over.append(f"no tuned row: {_why_no_row(device)}")
+        passed_over.append(f"no tuned row: {_why_no_row(device, key)}")
     return Choice(config, "heuristic", "; ".join((f"heuristic: {reason}", *passed_over)), None)
 
 
@@ -147,7 +147,7 @@ def _say(found: Found, origin: Origin) -> str:
     return "; ".join(filter(None, (f"{where}, {how}", origin.note)))
 
 
-def _why_no_row(device: Device) -> str:
+def _why_no_row(device: Device, key: Items) -> str:
     if not origins(device):
         return f"{device.label} has no table"
-    return "no table has its key (implementation, dtype, widths, heads, s_q, page size)"
+    return f"no table has its key (implementation, {', '.join(name for name, _ in key)})"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -13,11 +14,14 @@ from mla_triton.configs.table import Items, Row, Scalar, Table
 from mla_triton.device import Device
 from mla_triton.kernels.common.tuning_key import MAX_S_Q_BUCKET
 from mla_triton.kernels.portable import decode_config as portable_config
+from mla_triton.kernels.portable import prefill_config
 from mla_triton.kernels.sm90 import decode_config as sm90_config
-from mla_triton.problem import DecodeProblem, RowSteps
+from mla_triton.problem import DecodeProblem, PrefillProblem, RowSteps
+
+Problem = DecodeProblem | PrefillProblem
 
 IMPLEMENTATIONS: dict[tuple[str, str], ModuleType] = {
-    (module.OP, module.NAME): module for module in (sm90_config, portable_config)
+    (module.OP, module.NAME): module for module in (sm90_config, portable_config, prefill_config)
 }
 """What a row can be of, by what needs no compiler."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,6 +36,24 @@ DECODE_KEY: dict[str, type] = {
     "s_q": int,
     "value_dim": int,
 }
+PREFILL_KEY: dict[str, type] = {
+    "causal": bool,
+    "dtype": str,
+    "heads": int,
+    "qk": int,
+    "rope": int,
+    "s_q": int,
+    "value_dim": int,
+}
+
+
+class Kind(NamedTuple):
+    """What the rows of an operation are like."""
+
+    key: dict[str, type]
+    """Names of a key, and what each value is."""
+    problems: Callable[[Items, int, int], Iterator[Problem]]
+    """Problems that a key, a batch and a length stand for, first the one that the key says."""
 
 
 def broken_rules(table: Table) -> Iterator[tuple[int | None, str]]:
@@ -65,7 +87,7 @@ def broken_rule(row: Row, device: Device) -> str | None:
         return f"op and impl must be {known}, got {row.point.op} {row.point.impl}"
     if (row.us is None) != (row.source == "modelled"):
         return f"us must be a number if tuned and null if modelled, got {row.us} and {row.source}"
-    rule = _broken_key(dict(row.point.key))
+    rule = _broken_key(dict(row.point.key), KINDS[row.point.op].key)
     if rule is not None:
         return rule
     problem, rule = _problem(implementation, row, device)
@@ -75,7 +97,7 @@ def broken_rule(row: Row, device: Device) -> str | None:
     return None if config is not None else f"config {dict(row.config)} cannot be used: {rule}"
 
 
-def problem_of(row: Row, device: Device) -> DecodeProblem:
+def problem_of(row: Row, device: Device) -> Problem:
     """A problem whose look-up on a card comes to the row; ValueError where there is none."""
     implementation = _implementation(row.point.op, row.point.impl)
     if implementation is None:
@@ -90,10 +112,10 @@ def _implementation(op: str, impl: str) -> ModuleType | None:
     return IMPLEMENTATIONS.get((op, impl))
 
 
-def _broken_key(key: Mapping[str, Scalar]) -> str | None:
-    if set(key) != set(DECODE_KEY):
-        return f"key must have {', '.join(DECODE_KEY)}, got {', '.join(key) or 'nothing'}"
-    for name, kind in DECODE_KEY.items():
+def _broken_key(key: Mapping[str, Scalar], wanted: Mapping[str, type]) -> str | None:
+    if set(key) != set(wanted):
+        return f"key must have {', '.join(wanted)}, got {', '.join(key) or 'nothing'}"
+    for name, kind in wanted.items():
         if type(key[name]) is not kind:
             return f"key.{name} must be {kind.__name__}, got {key[name]!r}"
     if key["dtype"] not in DTYPES:
@@ -101,18 +123,16 @@ def _broken_key(key: Mapping[str, Scalar]) -> str | None:
     return None
 
 
-def _problem(
-    implementation: ModuleType, row: Row, device: Device
-) -> tuple[DecodeProblem | None, str]:
+def _problem(implementation: ModuleType, row: Row, device: Device) -> tuple[Problem | None, str]:
     """A problem whose look-up comes to the row; (None, why there is none)."""
     key = dict(row.point.key)
     row_tiles = set()
-    for problem in decode_problems(row.point.key, row.point.batch, row.point.length):
+    for problem in KINDS[row.point.op].problems(*row.point[2:]):
         reason = implementation.why_not(problem, device)
         if reason is not None:
             return None, f"key must be of a problem that {row.point.impl} takes: {reason}"
-        if problem.value_dim not in (problem.latent, problem.key_dim):
-            rule = f"key.value_dim must be latent or latent + rope, got {problem.value_dim}"
+        rule = _broken_widths(problem)
+        if rule is not None:
             return None, rule
         found = dict(implementation.tuning_point(problem, device)[0])
         if found == key:
@@ -120,10 +140,41 @@ def _problem(
         for name in key:
             if name != "row_tile" and found[name] != key[name]:
                 return None, f"key.{name} must be {found[name]!r}, got {key[name]!r}"
+        # The same key but for the tile, which only decode has in its key.
         row_tiles.add(found["row_tile"])
     possible = " or ".join(map(str, sorted(row_tiles)))
     where = f"at batch {row.point.batch} on {device.label}, or no call finds the row"
     return None, f"key.row_tile must be {possible} {where}, got {key['row_tile']}"
+
+
+def _broken_widths(problem: Problem) -> str | None:
+    if isinstance(problem, PrefillProblem):
+        rope = problem.qk_dim - problem.k_nope
+        if not 0 <= rope < problem.qk_dim:
+            return f"key.rope must be in [0, {problem.qk_dim - 1}], got {rope}"
+    elif problem.value_dim not in (problem.latent, problem.key_dim):
+        return f"key.value_dim must be latent or latent + rope, got {problem.value_dim}"
+    return None
+
+
+def prefill_problems(key: Items, batch: int, length: int) -> Iterator[PrefillProblem]:
+    """The problem that the key of a row stands for: whole queries, keys with one rotary part."""
+    values = dict(key)
+    qk, heads, s_q = (int(values[name]) for name in ("qk", "heads", "s_q"))
+    yield PrefillProblem(
+        dtype=DTYPES[str(values["dtype"])],
+        heads=heads,
+        kv_heads=heads,
+        qk_dim=qk,
+        value_dim=int(values["value_dim"]),
+        q_nope=qk,
+        k_nope=qk - int(values["rope"]),
+        causal=bool(values["causal"]),
+        usual_queries=s_q,
+        batch=batch,
+        queries=batch * s_q,
+        keys=batch * length,
+    )
 
 
 def decode_problems(key: Items, batch: int, length: int) -> Iterator[DecodeProblem]:
@@ -168,3 +219,9 @@ def _tokens(bucket: int) -> tuple[int, ...]:
 def _heads(bucket: int) -> list[int]:
     """The head counts of a bucket from the largest down; above 64 a sample of them."""
     return [bucket, *range(bucket - 1, bucket // 2, -max(1, bucket // 64))]
+
+
+KINDS = {
+    "decode": Kind(DECODE_KEY, decode_problems),
+    "prefill": Kind(PREFILL_KEY, prefill_problems),
+}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mla_triton import timing
+from mla_triton import select, timing
 from mla_triton.device import Device
 from mla_triton.kernels.common.launch import Variant
 from mla_triton.kernels.common.tensors import DecodeTensors
@@ -17,17 +17,23 @@ from mla_triton.ops import decode as operation
 from mla_triton.ops.plan import buffers, make_schedule, plan_key
 from mla_triton.problem import DecodeProblem
 from mla_triton.state import AttentionState
+from mla_triton.tuning.memory import Memory
 
 if TYPE_CHECKING:
     from mla_triton.testing import Report
 
-PROTOCOL = (
-    "a CUDA graph of calls (attention and merge, the schedule made before), each on its own slice "
-    "of a cache that the L2 cannot hold, replayed; median of event-timed replays; every request as "
-    "long as the row says, its pages scattered at random, N(0,1) data; each result within the "
-    "error budget of the float64 reference first; another config than the one there was is taken "
-    "where it was faster by more than the noise in rounds by turns"
-)
+
+def implementation_of(problem: DecodeProblem, device: Device) -> ModuleType:
+    """The kernel that a decode runs by."""
+    return select.choose_decode(problem, device).module
+
+
+def describe(key: Mapping[str, Any]) -> str:
+    """The key of a row, for a reader."""
+    return (
+        f"{key['latent']}+{key['rope']} {key['dtype']} heads {key['heads']} s_q {key['s_q']} "
+        f"page {key['page_size']} rows {key['row_tile']}"
+    )
 
 
 def variant(
@@ -43,27 +49,6 @@ def bytes_of(problem: DecodeProblem) -> int:
     pages = -(-problem.max_kv_len // problem.page_size)
     keys = problem.batch * pages * problem.page_size
     return keys * problem.key_dim * problem.dtype.itemsize
-
-
-class Memory:
-    """One large cache of N(0,1) values, of which every trial takes slices."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._values: torch.Tensor | None = None
-
-    def take(self, dtype: torch.dtype, count: int) -> torch.Tensor:
-        """`count` values; those of an earlier call may be the same memory."""
-        held = self._values
-        if held is None or held.dtype != dtype or held.numel() < count:
-            # Freed first: two of them may be more than the card has.
-            self._values = held = None
-            torch.cuda.empty_cache()
-            generator = torch.Generator(self._device).manual_seed(0)
-            self._values = torch.empty(count, dtype=dtype, device=self._device)
-            self._values.normal_(generator=generator)
-        assert self._values is not None
-        return self._values[:count]
 
 
 class Trial:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mla_triton import models, validate, validate_merge
+from mla_triton import models, validate, validate_merge, validate_prefill
 from mla_triton.configs import length_bucket
 from mla_triton.models import Model
-from mla_triton.problem import DecodeProblem, MergeProblem
+from mla_triton.problem import DecodeProblem, MergeProblem, PrefillProblem
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LAYOUTS = ("fused", "pair")
@@ -51,6 +52,10 @@ class Deployment:
     queries: tuple[str, ...]
     ragged: bool
     causal: bool
+    v: int | None = None
+    """Width of a head's values in a prefill, where it is known."""
+    prefill_tokens: int = 0
+    """Query tokens of a prefill at most; 0 where `mla_triton.prefill` is not called."""
 
     def forms(self, batch: int) -> Iterator[DecodeProblem]:
         """The problems of a batch that differ in more than sizes, `max_len` keys long each."""
@@ -66,17 +71,32 @@ class Deployment:
                                         q_rope_width,
                                     )  # fmt: skip
 
+    def prefills(self, batch: int, queries: int, keys: int) -> Iterator[PrefillProblem]:
+        """The prefills of `batch` sequences that differ in more than sizes; their query tokens and
+        keys together.
+
+        Under a causal mask, as a prompt attends to itself, and without, as a chunk attends to what
+        came before it. Keys have one rotary part for all heads, queries are whole or in two parts.
+        """
+        if not self.prefill_tokens:
+            return
+        splits = [kind == "split" for kind in ("joined", "split") if kind in self.queries]
+        for dtype in self.dtypes:
+            for causal in (True, False) if self.causal else (False,):
+                for split in splits or [False]:
+                    yield self._prefill(
+                        batch, queries, keys, dtype, causal, split and self.rope > 0
+                    )
+
     def merges(self) -> Iterator[MergeProblem]:
         """Merges of two states of such calls, with and without a mask; buffers contiguous."""
-
-        def made(*shape: int, kind: torch.dtype) -> torch.Tensor:
-            return torch.empty(shape, dtype=kind, device="meta")
-
+        widths = {self.value_dim: None} | ({self.v: None} if self.prefill_tokens and self.v else {})
         for dtype in self.dtypes:
-            out = made(1, self.heads, self.value_dim, kind=dtype)
-            lse = made(1, self.heads, kind=torch.float32)
-            for mask in (None, made(1, kind=torch.bool)):
-                yield validate_merge.described([out] * 2, [lse] * 2, mask, out, lse)
+            for width in widths:
+                out = _made(1, self.heads, width, kind=dtype)
+                lse = _made(1, self.heads, kind=torch.float32)
+                for mask in (None, _made(1, kind=torch.bool)):
+                    yield validate_merge.described([out] * 2, [lse] * 2, mask, out, lse)
 
     def lengths(self, form: DecodeProblem) -> list[int]:
         """The lengths that configs are looked up by, ascending: powers of two up to the longest.
@@ -107,10 +127,7 @@ class Deployment:
         rope_width: int,
     ) -> DecodeProblem:
         """What a call of this form is to the package: found by its own checks, on no memory."""
-
-        def made(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
-            return torch.empty(shape, dtype=kind, device="meta")
-
+        made = partial(_made, kind=dtype)
         tokens, heads, width = batch * s_q, self.heads, self.latent + self.rope
         if query == "joined":
             both = made(tokens, heads, width)
@@ -145,6 +162,36 @@ class Deployment:
             has_memory=False,
         )
 
+    def _prefill(
+        self, batch: int, queries: int, keys: int, dtype: torch.dtype, causal: bool, split: bool
+    ) -> PrefillProblem:
+        """The same of a prefill."""
+        assert self.nope is not None
+        assert self.v is not None
+        made = partial(_made, kind=dtype)
+        nope, rope = self.nope, self.rope
+        offsets = made(batch + 1, kind=torch.int32)
+        return validate_prefill.prefill(
+            made(queries, self.heads, nope if split else nope + rope),
+            made(queries, self.heads, rope) if split else None,
+            made(keys, self.heads, nope),
+            made(keys, rope) if rope else None,
+            made(keys, self.heads, self.v),
+            offsets,
+            offsets,
+            made(queries, self.heads, self.v),
+            made(queries, self.heads, kind=torch.float32),
+            softmax_scale=1.0,
+            causal=causal,
+            max_seqlen_q=None,
+            has_memory=False,
+        )
+
+
+def _made(*shape: int, kind: torch.dtype) -> torch.Tensor:
+    """A tensor without memory."""
+    return torch.empty(shape, dtype=kind, device="meta")
+
 
 def resized(problem: DecodeProblem, batch: int, length: int) -> DecodeProblem:
     """The same call for another batch, of the same number of query tokens a request, or length."""
@@ -171,6 +218,7 @@ def describe(
     queries: str | Sequence[str] = QUERIES,
     ragged: bool = False,
     causal: bool = True,
+    prefill_tokens: int = 0,
 ) -> Deployment:
     """A deployment by model or by shapes; ValueError naming argument, rule and value.
 
@@ -201,6 +249,7 @@ def describe(
         rope=widths[1],
         value_dim=value_dim,
         nope=known.nope if same_widths else None,
+        v=known.v if same_widths else None,
         max_batch=_least("max_batch", max_batch),
         max_len=_least("max_len", known.context if max_len is None else max_len),
         s_q=tuple(_least("s_q", size) for size in _several("s_q", s_q)),
@@ -211,7 +260,11 @@ def describe(
         queries=_choices("queries", queries, QUERIES),
         ragged=bool(ragged),
         causal=bool(causal),
+        prefill_tokens=_least("prefill_tokens", prefill_tokens, 0),
     )
+    if prefill_tokens and not same_widths:
+        rule = "be left out where latent and rope are not the model's: heads have no known widths"
+        raise ValueError(f"prefill_tokens must {rule}, got {prefill_tokens}")
     if ragged:
         # A batch of requests with 1 to n query tokens has any average between.
         described = replace(described, s_q=tuple(range(1, max(described.s_q) + 1)))

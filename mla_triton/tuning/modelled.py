@@ -14,19 +14,24 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from mla_triton import configs, models, select
 from mla_triton import device as devices
 from mla_triton.configs import shipped
 from mla_triton.configs.table import Point, Row, Table, items, loads
 from mla_triton.device import Device
-from mla_triton.problem import DecodeProblem
+from mla_triton.kernels.common.tuning_key import SHORT_SEQUENCE
+from mla_triton.problem import LARGEST_TILE, DecodeProblem, PrefillProblem
 from mla_triton.tuning.deployment import describe, resized
 from mla_triton.tuning.tuner import header_of
 
 LABELS = ("8.0", "8.6", "8.9", "10.0", "12.0")
 MAIN, OTHERS = "DeepSeek-V3", ("MiniCPM3-4B", "Mistral-Small-4", "DeepSeek-V4-Flash")
 """The widths that most models have, with all page sizes and dtypes, and the others."""
+PREFILLED = (MAIN, "GLM-4.7-Flash", "MiniCPM3-4B", "Mistral-Small-4")
+"""Models of each of the widths that prefill is made for."""
 RANKS = (1, 2, 4, 8, 16)
 MAX_BATCH, LENGTH = 128, 131072
 PROTOCOL = "nothing was timed: the heuristic's choice, held against the card's resources"
@@ -38,14 +43,19 @@ def rows(device: Device) -> list[Row]:
     for form in _forms():
         for batch in _last_of_each_choice(form, device):
             problem = resized(form, batch, LENGTH)
-            implementation = select.choose_decode(problem, device).module
-            key, _, length = implementation.tuning_point(problem, device)
-            point = Point(
-                implementation.OP, implementation.NAME, key, batch, configs.length_bucket(length)
-            )
-            config = implementation.heuristic(problem, device)
-            found[point] = Row(point, items(vars(config)), None, None, "modelled")
+            row = _row(select.choose_decode(problem, device).module, problem, device)
+            found[row.point] = row
+    for prefill in _prefills():
+        row = _row(select.choose_prefill(prefill, device).module, prefill, device)
+        found[row.point] = row
     return list(found.values())
+
+
+def _row(implementation: ModuleType, problem: Any, device: Device) -> Row:
+    key, batch, length = implementation.tuning_point(problem, device)
+    point = Point(implementation.OP, implementation.NAME, key, batch, configs.length_bucket(length))
+    config = implementation.heuristic(problem, device)
+    return Row(point, items(vars(config)), None, None, "modelled")
 
 
 def table(device: Device) -> Table:
@@ -56,9 +66,7 @@ def table(device: Device) -> Table:
 def _forms() -> Iterator[DecodeProblem]:
     for name in (MAIN, *OTHERS):
         is_main = name == MAIN
-        heads = {models.named(name).heads // ranks for ranks in RANKS}
-        # Other models of the main widths have fewer heads to share.
-        for count in sorted(heads | {4} if is_main else heads):
+        for count in _heads(name):
             deployment = describe(
                 model=name,
                 heads=count,
@@ -69,6 +77,28 @@ def _forms() -> Iterator[DecodeProblem]:
                 queries="split",
             )
             yield from deployment.forms(1)
+
+
+def _prefills() -> Iterator[PrefillProblem]:
+    """Of batches none makes a difference: the largest stands for all."""
+    for name in PREFILLED:
+        for count in _heads(name):
+            deployment = describe(
+                model=name,
+                heads=count,
+                dtype=("bfloat16", "float16") if name == MAIN else "bfloat16",
+                queries="joined",
+                prefill_tokens=1,
+            )
+            for tokens in (SHORT_SEQUENCE, LARGEST_TILE):
+                yield from deployment.prefills(MAX_BATCH, MAX_BATCH * tokens, MAX_BATCH * LENGTH)
+
+
+def _heads(name: str) -> list[int]:
+    """Heads of a rank of a model, on 1 to 16 GPUs."""
+    heads = {models.named(name).heads // ranks for ranks in RANKS}
+    # Other models of the main widths have fewer heads to share.
+    return sorted(heads | {4} if name == MAIN else heads)
 
 
 def _last_of_each_choice(form: DecodeProblem, device: Device) -> Iterator[int]:

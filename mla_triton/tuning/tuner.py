@@ -20,20 +20,30 @@ from typing import Any
 import torch
 import triton
 
-from mla_triton import configs, select, timing
+from mla_triton import configs, timing
 from mla_triton.configs import store
 from mla_triton.configs.table import Header, Point, Row, items
 from mla_triton.device import Device
 from mla_triton.kernels.common.launch import Variant
-from mla_triton.ops import decode as operation
-from mla_triton.problem import DecodeProblem
-from mla_triton.tuning import decode as trials
-from mla_triton.tuning import workers
+from mla_triton.ops import decode as decoding
+from mla_triton.ops import prefill as prefilling
+from mla_triton.problem import DecodeProblem, PrefillProblem
+from mla_triton.tuning import decode, prefill, workers
 from mla_triton.tuning.deployment import Deployment, describe, resized
+from mla_triton.tuning.memory import Memory
 from mla_triton.tuning.progress import Progress
 from mla_triton.tuning.warm import card_of, index_of
 from mla_triton.tuning.workers import Compiled, Job
 
+PROTOCOL = (
+    "a CUDA graph of calls, each on its own slice of a cache (of keys and values) that the L2 "
+    "cannot hold, replayed; decode: attention and merge, the schedule made before, pages scattered "
+    "at random; median of event-timed replays; every request as long as the row says, N(0,1) data; "
+    "each result within the error budget of the float64 reference first; another config than the "
+    "one there was is taken where it was faster by more than the noise in rounds by turns"
+)
+TRIALS = {"decode": decode, "prefill": prefill}
+"""How the problems of an operation are tried out."""
 BATCHES = (1, 4, 16, 64, 256, 1024)
 SHORTEST = 512
 ROUNDS = 3
@@ -51,7 +61,7 @@ class Work:
     """One point to be tuned."""
 
     implementation: ModuleType
-    problem: DecodeProblem
+    problem: DecodeProblem | PrefillProblem
     point: Point
     heuristic: Any
     incumbent: Any
@@ -60,6 +70,11 @@ class Work:
     """Heuristic and incumbent among them."""
     pruned: tuple[tuple[Any, str], ...]
     """Configs that need not be compiled, and why."""
+
+    @property
+    def trials(self) -> Any:
+        """The module that tries it out."""
+        return TRIALS[self.point.op]
 
 
 @dataclass(frozen=True)
@@ -167,7 +182,8 @@ def tune(
             result.seconds = time.perf_counter() - began
             # Rows that are there now are for this process, too.
             configs.forget()
-            operation.forget()
+            decoding.forget()
+            prefilling.forget()
     return result
 
 
@@ -206,22 +222,38 @@ def plan_work(
     found: dict[Point, Work] = {}
     skipped: set[Point] = set()
     for batch in chosen_batches:
-        for form in deployment.forms(batch):
-            for length in chosen_lengths:
-                work = _work(resized(form, batch, length), device)
+        for length in chosen_lengths:
+            for op, problem in _problems(deployment, batch, length):
+                work = _work(op, problem, device)
                 if stored is not None and stored.at(work.point) is not None:
                     skipped.add(work.point)
                 else:
                     found.setdefault(work.point, work)
     ordered = sorted(
         found.values(),
-        key=lambda work: (str(work.problem.dtype), -trials.bytes_of(work.problem), work.point),
-    )
+        key=lambda work: (
+            work.point.op, str(work.problem.dtype), -work.trials.bytes_of(work.problem), work.point
+        ),
+    )  # fmt: skip
     return ordered, len(skipped)
 
 
-def _work(problem: DecodeProblem, device: Device) -> Work:
-    implementation = select.choose_decode(problem, device).module
+def _problems(deployment: Deployment, batch: int, length: int) -> Iterator[tuple[str, Any]]:
+    """(operation, problem) of every call of a batch of requests of a length.
+
+    A prefill has as many query tokens as a step may have, and keys of one longest request at most,
+    or of whole prompts: more of them expanded no engine has room for.
+    """
+    for form in deployment.forms(batch):
+        yield "decode", resized(form, batch, length)
+    tokens = min(length, deployment.prefill_tokens // batch)
+    if tokens and batch * length <= max(deployment.prefill_tokens, deployment.max_len):
+        for problem in deployment.prefills(batch, batch * tokens, batch * length):
+            yield "prefill", problem
+
+
+def _work(op: str, problem: Any, device: Device) -> Work:
+    implementation = TRIALS[op].implementation_of(problem, device)
     tuning = implementation.tuning_point(problem, device)
     if tuning is None:
         kind = str(problem.dtype).removeprefix("torch.")
@@ -263,8 +295,8 @@ def _run(
     on_outcome: Callable[[Outcome], None] | None,
 ) -> None:
     compiled = _compile(work, card, result, processes, quiet)
-    header = header_of(card, trials.PROTOCOL, _commit())
-    memory = trials.Memory(torch.device("cuda", torch.cuda.current_device()))
+    header = header_of(card, PROTOCOL, _commit())
+    memory = Memory(torch.device("cuda", torch.cuda.current_device()))
     progress = None if quiet else Progress("timed", len(work))
     unsaved: list[Row] = []
     saved = time.monotonic()
@@ -294,7 +326,7 @@ def _compile(
 ) -> dict[Variant, Compiled]:
     """Every variant of every candidate, once."""
     distinct = {
-        trials.variant(each.implementation, each.problem, config, card): None
+        each.trials.variant(each.implementation, each.problem, config, card): None
         for each in work
         for config in each.candidates
     }
@@ -317,9 +349,9 @@ def _compile(
 
 
 def _outcome(
-    work: Work, card: Device, compiled: dict[Variant, Compiled], memory: trials.Memory
+    work: Work, card: Device, compiled: dict[Variant, Compiled], memory: Memory
 ) -> Outcome:
-    problem = work.problem
+    problem, trials = work.problem, work.trials
     needed = trials.bytes_of(problem) * timing.cold_copies(trials.bytes_of(problem))
     available = MEMORY_SHARE * torch.cuda.get_device_properties().total_memory
     if needed > available:
@@ -358,7 +390,7 @@ def _why_refused(answer: Compiled, card: Device, is_given: bool) -> str | None:
     return None
 
 
-def _fastest(work: Work, trial: trials.Trial, right: Sequence[Any]) -> Row:
+def _fastest(work: Work, trial: Any, right: Sequence[Any]) -> Row:
     """The row of a point: the fastest config, or the one there is where none is surely faster."""
     glances = {config: timing.glance_microseconds(trial.calls(config)) for config in right}
     incumbent = work.incumbent if work.incumbent in right else work.heuristic
@@ -445,9 +477,5 @@ def lines(result: Tuned) -> Iterator[str]:
 
 
 def describe_point(point: Point) -> str:
-    key = dict(point.key)
-    widths = f"{key['latent']}+{key['rope']}"
-    return (
-        f"{point.op} {point.impl} {widths} {key['dtype']} heads {key['heads']} s_q {key['s_q']} "
-        f"page {key['page_size']} rows {key['row_tile']} batch {point.batch} length {point.length}"
-    )
+    key = TRIALS[point.op].describe(dict(point.key))
+    return f"{point.op} {point.impl} {key} batch {point.batch} length {point.length}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,14 +25,15 @@ from mla_triton.kernels.common import combine, schedule
 from mla_triton.kernels.common.launch import Launcher, Variant
 from mla_triton.ops.plan import cut
 from mla_triton.plan import Geometry
-from mla_triton.problem import DecodeProblem
+from mla_triton.problem import LARGEST_TILE, DecodeProblem
 from mla_triton.tuning import workers
 from mla_triton.tuning.deployment import Deployment, describe, resized
 from mla_triton.tuning.workers import Compiled, Job
 
 SIZES = (
-    "VALUE", "HALF", "TAIL", "PAGE_SIZE", "KV_TILE", "ROW_TILE", "BLOCK_N", "BLOCKS", "BLOCK_B",
-    "NOPE_STEP", "ROPE_STEP", "OUT_STEP", "PIECES", "OTHERS", "ROWS",
+    "FIRST", "REST", "VALUE", "HALF", "TAIL", "Q_NOPE", "K_NOPE", "PAGE_SIZE", "KV_TILE",
+    "ROW_TILE", "BLOCK_M", "BLOCK_N", "BLOCKS", "BLOCK_B", "NOPE_STEP", "ROPE_STEP", "OUT_STEP",
+    "PIECES", "OTHERS", "ROWS",
 )  # fmt: skip
 SWITCHES = ("FUSED", "CSR", "RAGGED", "CAUSAL", "FULL_TILES", "ALONE", "MASKED")
 """Constants that kernels of one deployment differ in."""
@@ -86,8 +87,8 @@ def warmup(
         progress: called with (done, all) after each kernel.
         description: the deployment, as `mla-triton warmup --help` lists it: `model` or `from_model`
             with `tp`, or `heads`, `latent`, `rope`, `value_dim`; `max_batch`, `max_len`, `s_q`,
-            `dtype`, `page_size`, `layout`, `table`, `queries`, `ragged`, `causal`. One value or
-            several where several make sense.
+            `dtype`, `page_size`, `layout`, `table`, `queries`, `ragged`, `causal`,
+            `prefill_tokens`. One value or several where several make sense.
 
     Raises:
         ValueError: an argument breaks a rule; the message names it.
@@ -180,9 +181,10 @@ def variants(deployment: Deployment, device: Device) -> list[Variant]:
             sizes = range(batch, last + 1)
             for variant in _variants(form, sizes, deployment.lengths(form), device):
                 found[variant] = None
+    found |= dict.fromkeys(_prefill_variants(deployment, device))
     for merge in deployment.merges():
         module = select.choose_merge(merge, device).module
-        config = configs.choose(module, merge, device, None).config
+        config = configs.choose(module, merge, device).config
         found[module.variant(merge, config, device)] = None
     return list(found)
 
@@ -204,6 +206,31 @@ def _variants(
                     seen.add(choice)
                     yield implementation.variant(problem, config, geometry, device)
             yield combine.variant(longest, combine.heuristic(longest, geometry, device), device)
+
+
+def _prefill_variants(deployment: Deployment, device: Device) -> Iterator[Variant]:
+    """The kernels of prefills, however long their sequences are, and of however many."""
+    batches = range(1, min(deployment.max_batch, deployment.prefill_tokens) + 1)
+    longest = configs.length_bucket(deployment.max_len)
+    seen = set()
+    for form in deployment.prefills(1, 1, 1):
+        for usual in powers_of_two(LARGEST_TILE):
+            for batch in batches:
+                for length in powers_of_two(longest):
+                    problem = replace(
+                        form, usual_queries=usual, batch=batch, queries=batch * usual,
+                        keys=batch * length,
+                    )  # fmt: skip
+                    implementation = select.choose_prefill(problem, device).module
+                    config = configs.choose(implementation, problem, device).config
+                    if (implementation, form, config) not in seen:
+                        seen.add((implementation, form, config))
+                        yield implementation.variant(problem, config, device)
+
+
+def powers_of_two(most: int) -> list[int]:
+    """Ascending, up to the power of two `most`."""
+    return [1 << n for n in range(most.bit_length())]
 
 
 def _ways(problem: DecodeProblem, device: Device) -> Iterator[tuple[ModuleType, Geometry]]:

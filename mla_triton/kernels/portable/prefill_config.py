@@ -6,11 +6,13 @@ whole of the cutting is a `Config`. Nothing here imports Triton.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from mla_triton.device import KIB, Device
+from mla_triton.kernels.common.tuning_key import SHORT_SEQUENCE, Items, prefill_key
 from mla_triton.plan import cdiv
 from mla_triton.problem import PrefillProblem
 
@@ -79,8 +81,9 @@ def why_not(problem: PrefillProblem, device: Device) -> str | None:
     if not LEAST_WIDTH <= value <= MOST_VALUE or value & (value - 1):
         return f"v must have 16, 32, 64, 128 or 256 columns, got {value}"
     width = problem.qk_dim
-    _, rest = parts_of(width)
-    if not LEAST_WIDTH <= width <= MOST_QK or rest & (rest - 1) or 0 < rest < LEAST_WIDTH:
+    is_in_range = LEAST_WIDTH <= width <= MOST_QK
+    rest = parts_of(width)[1] if is_in_range else 0
+    if not is_in_range or rest & (rest - 1) or 0 < rest < LEAST_WIDTH:
         rule = "queries and keys must have a power of two columns, or the sum of two of them"
         return f"{rule}, from 16 to 256, got {width}"
     return None
@@ -125,7 +128,7 @@ def candidates(problem: PrefillProblem, device: Device) -> list[tuple[Config, st
     if not problem.aligned:
         rule = "misaligned rows pass through registers: small steps leave room for them"
         return [(Config(64 if is_wide or is_hip else 128, 32, 8, 2), rule)]
-    is_short = problem.usual_queries <= 64
+    is_short = problem.usual_queries <= SHORT_SEQUENCE
     if is_hip:
         small = (Config(64, 32, 4, 2), "a wave for every 16 queries, 32 keys in LDS")
         if is_short:
@@ -176,8 +179,29 @@ def heuristic(problem: PrefillProblem, device: Device) -> Config:
     return choose(problem, device)[0]
 
 
-def tuning_point(problem: PrefillProblem, device: Device, row_tile: int | None = None) -> None:
-    """What a problem is looked up by in tables of tuned rows: none has rows of prefill."""
+def tuning_point(
+    problem: PrefillProblem, device: Device, row_tile: int | None = None
+) -> tuple[Items, int, int] | None:
+    """(key, sequences, mean keys of one) that a problem is looked up by; None where only the
+    heuristic serves: float32, misaligned rows and Triton's interpreter have one config each."""
+    is_gpu = device.backend in ("cuda", "hip")
+    if not is_gpu or problem.dtype == torch.float32 or not problem.aligned:
+        return None
+    batch = max(1, problem.batch)
+    return prefill_key(problem), batch, cdiv(problem.keys, batch)
+
+
+def search_space(problem: PrefillProblem, device: Device) -> Iterator[Config]:
+    """Every config worth timing, valid or not; which are is for `is_valid` to say.
+
+    Fewer than 64 queries leave most of a tensor core's tile empty, more than 128 do not fit into
+    registers beside the accumulator; with 16 keys a step there is more softmax than product.
+    """
+    for block_m in (64, 128):
+        for block_n in (32, 64, 128):
+            for num_warps in (4, 8):
+                for num_stages in (2, 3, 4):
+                    yield Config(block_m, block_n, num_warps, num_stages)
 
 
 def tile_slots(problem: PrefillProblem, config: Config) -> int:
