@@ -1,5 +1,5 @@
-"""Decodes the shapes of real models, merges states of one, and holds each result against the
-float64 reference.
+"""Decodes and prefills the shapes of real models, merges states of one, and holds each result
+against the float64 reference.
 
 On a GPU the requests are long, of very different lengths, and what is right is timed as well. In
 Triton's interpreter the same kernels run as Python: fewer heads and keys, no word about speed.
@@ -8,24 +8,26 @@ Triton's interpreter the same kernels run as Python: fewer heads and keys, no wo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 import mla_triton
-from mla_triton import configs, select, validate, validate_merge
+from mla_triton import configs, select, validate, validate_merge, validate_prefill
 from mla_triton import device as devices
+from mla_triton.device import Device
 from mla_triton.testing import (
     MODELS,
     DecodeInputs,
     MergeInputs,
+    PrefillInputs,
     Report,
     compare,
-    decode_budget,
     decode_inputs,
     merge_inputs,
+    prefill_inputs,
 )
 
 LONG = (32768, 16384, *[2048] * 8, *[1024] * 12, *[512] * 8, 4097, 130, 65, 64, 63, 1, 0)
@@ -83,6 +85,43 @@ class Case:
 
 
 @dataclass(frozen=True)
+class PrefillCase:
+    """One prefill: some heads of a model, and what its sequences have."""
+
+    model: str
+    dtype: torch.dtype
+    heads: int
+    q_lens: tuple[int, ...]
+    k_lens: tuple[int, ...]
+    causal: bool = True
+
+    @property
+    def shape(self) -> str:
+        """ "DeepSeek-V3 h16 192, 128": heads, and columns of keys and of values."""
+        model = MODELS[self.model]
+        return f"{self.model} h{self.heads} {model.nope + model.rope}, {model.v}"
+
+    @property
+    def call(self) -> str:
+        return "prefill" if self.causal else "prefill full"
+
+    def inputs(self, device: torch.device) -> PrefillInputs:
+        model = MODELS[self.model]
+        return prefill_inputs(
+            q_lens=self.q_lens,
+            k_lens=self.k_lens,
+            heads=self.heads,
+            qk=model.nope + model.rope,
+            v_dim=model.v,
+            rope=model.rope,
+            split_k=True,
+            dtype=self.dtype,
+            causal=self.causal,
+            device=device,
+        )
+
+
+@dataclass(frozen=True)
 class MergeCase:
     """One merge of states that a decode of DeepSeek-V3 leaves."""
 
@@ -132,6 +171,28 @@ class Row:
 
 def cases(on_gpu: bool) -> list[Case]:
     return _gpu_cases() if on_gpu else _interpreter_cases()
+
+
+def prefills(on_gpu: bool) -> list[PrefillCase]:
+    """Each pair of widths: a prompt, a chunk behind a prefix, and sequences without one or both."""
+    both = (torch.bfloat16, torch.float16)
+    q_lens: tuple[int, ...]
+    k_lens: tuple[int, ...]
+    if on_gpu:
+        shapes = {"DeepSeek-V3": 16, "GLM-4.7-Flash": 5, "Mistral-Small-4": 8, "MiniCPM3-4B": 10}
+        q_lens, k_lens = (1500, 512, 0, 7, 3), (1500, 2560, 64, 4096, 0)
+    else:
+        shapes = dict.fromkeys(
+            ("DeepSeek-V3", "GLM-4.7-Flash", "Mistral-Small-4", "MiniCPM3-4B"), 2
+        )
+        q_lens, k_lens = (33, 5, 0, 3), (33, 40, 4, 0)
+    made = [
+        PrefillCase(model, dtype, heads, q_lens, k_lens)
+        for model, heads in shapes.items()
+        for dtype in (both if on_gpu or model == "DeepSeek-V3" else both[1:])
+    ]
+    full = PrefillCase("DeepSeek-V3", torch.bfloat16, 2, q_lens, k_lens, causal=False)
+    return [*made, full]
 
 
 def merges(on_gpu: bool) -> list[MergeCase]:
@@ -189,7 +250,7 @@ def _interpreter_cases() -> list[Case]:
 
 
 def run(
-    todo: Iterable[Case | MergeCase],
+    todo: Iterable[Case | PrefillCase | MergeCase],
     kv_lens: Sequence[int],
     device: torch.device,
     bandwidth: float | None,
@@ -205,6 +266,8 @@ def run(
         try:
             if isinstance(case, MergeCase):
                 yield _judged_merge(case, row, device, bandwidth)
+            elif isinstance(case, PrefillCase):
+                yield _judged_prefill(case, row, device, bandwidth is not None)
             else:
                 yield _judged(case, row, kv_lens, device, bandwidth)
         except Exception as error:
@@ -219,11 +282,47 @@ def _judged(
     row = replace(row, implementation=implementation, config=config)
     arguments, options = inputs.call_arguments()
     state = mla_triton.decode(*arguments, **options)
-    row = _with_report(row, compare(state, inputs, decode_budget(inputs)))
+    row = _with_report(row, compare(state, inputs))
     if not row.ok or bandwidth is None:
         return row
     moved = _bytes(inputs, state.out)
     return _with_time(row, _microseconds(inputs, implementation, moved), moved, bandwidth)
+
+
+def _judged_prefill(case: PrefillCase, row: Row, device: torch.device, is_timed: bool) -> Row:
+    inputs = case.inputs(device)
+    (q, k, v), options = inputs.call_arguments()
+    problem = validate_prefill.prefill(
+        q,
+        inputs.q_rope,
+        k,
+        inputs.k_rope,
+        v,
+        inputs.cu_seqlens_q,
+        inputs.cu_seqlens_k,
+        *inputs.output_buffers().values(),
+        softmax_scale=inputs.softmax_scale,
+        causal=inputs.causal,
+        max_seqlen_q=None,
+    )
+    implementation, config = _chosen(select.prefill, problem, devices.of(device))
+    row = replace(row, implementation=implementation, config=config)
+    state = mla_triton.prefill(q, k, v, **options)
+    row = _with_report(row, compare(state, inputs))
+    if not row.ok or not is_timed:
+        return row
+    from mla_triton import timing
+
+    # Bound by arithmetic: no word about bandwidth.
+    copies = [
+        [tensor.clone() for tensor in (q, k, v)]
+        for _ in range(timing.cold_copies(q.nbytes + k.nbytes + v.nbytes))
+    ]
+
+    def call_on(copy: list[torch.Tensor]) -> Any:
+        return lambda: mla_triton.prefill(*copy, **options, out=state.out, lse=state.lse)
+
+    return replace(row, us=timing.microseconds([call_on(copy) for copy in copies]))
 
 
 def _judged_merge(case: MergeCase, row: Row, device: torch.device, bandwidth: float | None) -> Row:
@@ -231,12 +330,8 @@ def _judged_merge(case: MergeCase, row: Row, device: torch.device, bandwidth: fl
     (states,), _ = inputs.call_arguments()
     outs, lses = validate_merge.unpack(states)
     problem = validate_merge.merge(outs, lses, None, *inputs.output_buffers().values()).problem
-    here = devices.of(device)
-    chosen = select.merge(problem, here)
-    config = "-"
-    if chosen.name != "reference":
-        config = _config_text(configs.choose(chosen.module, problem, here, None).config)
-    row = replace(row, implementation=chosen.name, config=config)
+    implementation, config = _chosen(select.merge, problem, devices.of(device))
+    row = replace(row, implementation=implementation, config=config)
     state = mla_triton.merge(states)
     row = _with_report(row, compare(state, inputs))
     if not row.ok or bandwidth is None:
@@ -294,15 +389,18 @@ def _what_runs(inputs: DecodeInputs) -> tuple[str, str]:
         max_kv_len=inputs.max_kv_len,
         allow_tf32=False,
     )
-    device = devices.of(inputs.q_nope.device)
-    chosen = select.decode(problem, device)
+    return _chosen(select.decode, problem, devices.of(inputs.q_nope.device))
+
+
+def _chosen(
+    choose: Callable[..., select.Selection], problem: Any, device: Device
+) -> tuple[str, str]:
+    """Implementation and config of a problem, in words."""
+    chosen = choose(problem, device)
     if chosen.name == "reference":
         return chosen.name, "-"
-    return chosen.name, _config_text(configs.choose(chosen.module, problem, device).config)
-
-
-def _config_text(config: Any) -> str:
-    return str(config).removeprefix("Config(").removesuffix(")").replace("num_", "")
+    config = str(configs.choose(chosen.module, problem, device).config)
+    return chosen.name, config.removeprefix("Config(").removesuffix(")").replace("num_", "")
 
 
 def _bytes(inputs: DecodeInputs, out: torch.Tensor) -> int:
@@ -346,7 +444,7 @@ def _microseconds(inputs: DecodeInputs, implementation: str, moved: int) -> floa
 
 def table(rows: Iterable[Row], timed: bool) -> Iterator[str]:
     """A heading, then one line a row as it comes, and below it what went wrong."""
-    widths: tuple[int, ...] = (28, 8, 12, 9, 29, 8, 8)
+    widths: tuple[int, ...] = (28, 8, 12, 9, 41, 8, 8)
     titles = ["shape", "dtype", "call", "runs", "config", "error", "budget"]
     if timed:
         widths, titles = (*widths, 7, 5, 4), [*titles, "us", "GB/s", "%"]
@@ -379,11 +477,11 @@ def heading(device: str, kv_lens: Sequence[int], bandwidth: float | None) -> lis
     if bandwidth is None:
         return [
             "Triton's interpreter runs the kernels as Python on the CPU. No GPU code was executed,",
-            f"and nothing is said about speed. Each shape: {batch}.",
+            f"and nothing is said about speed. Each decode: {batch}.",
         ]
     return [
         device,
-        f"Each shape: {batch}, {sum(kv_lens)} in all. us: attention and merge from a cold cache, "
+        f"Each decode: {batch}, {sum(kv_lens)} in all. us: attention and merge from a cold cache, "
         f"the plan made before;",
         f"%: of {bandwidth / 1e9:.0f} GB/s, measured just now by reading a large buffer.",
     ]

@@ -195,6 +195,7 @@ def few(monkeypatch: pytest.MonkeyPatch, count: int = 2) -> None:
     """Only the first cases, of a few keys."""
     some = check.cases(HAS_GPU)[:count]
     monkeypatch.setattr(check, "cases", lambda on_gpu: some)
+    monkeypatch.setattr(check, "prefills", lambda on_gpu: [])
     monkeypatch.setattr(check, "merges", lambda on_gpu: [])
     monkeypatch.setattr(check, "LONG", check.SHORT)
 
@@ -203,7 +204,7 @@ def test_check(capsys, monkeypatch):
     few(monkeypatch)
     assert cli.main(["check"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert all(len(line) <= 140 for line in lines)
+    assert all(len(line) <= 150 for line in lines)
     assert sum(line.startswith("ok ") for line in lines) == 2
     assert lines[-1] == "all 2 shapes are within the error budget of the float64 reference"
     if not HAS_GPU:
@@ -284,7 +285,80 @@ def test_what_is_right_is_timed(monkeypatch, device):
     assert rows[-1].gbps == pytest.approx((keys + rows_of_4) / 10 / 1e3)
     lines = list(check.table(rows, timed=True))
     assert lines[0].split()[-3:] == ["us", "GB/s", "%"]
-    assert all(len(line) <= 140 for line in lines)
+    assert all(len(line) <= 150 for line in lines)
+
+
+def test_check_prefills(monkeypatch, device):
+    """Timed, and without a word about bandwidth, of which they need little."""
+    monkeypatch.setattr(timing, "microseconds", lambda calls: calls[-1]() and 10.0)
+    cases = check.prefills(False)[:2]
+    rows = list(check.run(cases, check.SHORT, device, bandwidth=1e12))
+    for row in rows:
+        assert row.ok, row.message
+        assert (row.shape, row.call) == ("DeepSeek-V3 h2 192, 128", "prefill")
+        assert (row.implementation, row.us, row.gbps) == ("portable", 10.0, None)
+        assert "block_m" in row.config
+    assert all(len(line) <= 150 for line in check.table(rows, timed=True))
+
+
+def test_check_covers_the_widths_of_prefill():
+    for on_gpu in (True, False):
+        cases = check.prefills(on_gpu)
+        widths = {case.shape.split(" ", 2)[2] for case in cases}
+        assert widths == {"192, 128", "256, 256", "128, 128", "96, 64"}
+        assert {case.causal for case in cases} == {True, False}
+        assert {case.dtype for case in cases} == {torch.bfloat16, torch.float16}
+
+
+def test_check_fails_where_a_prefill_loses_a_key(monkeypatch, device):
+    right = mla_triton.prefill
+
+    def loses_a_key(q, k, v, **options):
+        offsets = options.pop("cu_seqlens_k")
+        return right(q, k, v, **options, cu_seqlens_k=(offsets - 1).clamp_min(0))
+
+    monkeypatch.setattr(mla_triton, "prefill", loses_a_key)
+    (row,) = check.run(check.prefills(False)[:1], check.SHORT, device, bandwidth=1e12)
+    assert not row.ok
+    assert row.us is None
+
+
+def test_explain_a_prefill(capsys):
+    shape = ["--capability", "8.9", "--prefill", "--tp", "8", "--batch", "3", "--s-q", "500"]
+    facts = answer(capsys, "explain", *shape, "--kv-len", "2000")
+    assert facts["implementation"] == "portable"
+    expected = {
+        "dtype": "bfloat16", "heads": 16, "qk_dim": 192, "k_nope": 128, "value_dim": 128,
+        "causal": True, "batch": 3, "queries": 1500, "keys": 6000, "usual_queries": 128,
+    }  # fmt: skip
+    assert {name: facts["problem"][name] for name in expected} == expected
+    assert (facts["config"]["source"], facts["config"]["block_m"]) == ("modelled", 128)
+    assert cli.main(["explain", *shape, "--capability", "cpu", "--no-causal"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("problem   prefill, 16 heads, qk 192 (64 of a key shared), value 12")
+    assert lines[1] == "          3 sequences, 1500 queries and 12288 keys in all"
+    assert "runs      reference" in lines
+    states = answer(capsys, "explain", *shape, "--states", "2")["problem"]
+    assert (states["rows"], states["value_dim"]) == (1500 * 16, 128)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prefill", "--latent", "512"], "latent must be left out with --prefill, got 512"),
+        (["--prefill", "--ragged"], "ragged must be left out with --prefill, got True"),
+        (["--prefill", "--qk", "64"], "rope must be less than qk, 64, got 64"),
+        (["--qk", "192"], "qk must be left out without --prefill, got 192"),
+        (
+            ["--prefill", "--qk", "200", "--impl", "portable"],
+            "impl 'portable' cannot run this prefill: queries and keys must have a power of two ",
+        ),
+    ],
+)
+def test_what_explain_refuses_of_a_prefill(capsys, options, message):
+    with pytest.raises(SystemExit):
+        cli.main(["explain", "--capability", "9.0", *options])
+    assert message in capsys.readouterr().err
 
 
 def test_check_merges(monkeypatch, device):
@@ -343,5 +417,6 @@ def test_check_turns_the_interpreter_on():
     facts = json.loads(done.stdout)
     assert facts["device"]["backend"] == "interpreter"
     assert facts["gpu_code_executed"] is False
-    assert len(facts["rows"]) == len(check.cases(False)) + len(check.merges(False))
+    others = [*check.prefills(False), *check.merges(False)]
+    assert len(facts["rows"]) == len(check.cases(False)) + len(others)
     assert {row["implementation"] for row in facts["rows"]} == {"portable"}

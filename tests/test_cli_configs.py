@@ -473,7 +473,8 @@ def keyed(**changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("given", "rule"),
     [
-        (replace(row(), point=row().point._replace(op="prefill")), "op and impl must be decode "),
+        (replace(row(), point=row().point._replace(op="merge")), "op and impl must be decode "),
+        (replace(row(), point=row().point._replace(op="prefill")), "key must have causal, dtype, "),
         (replace(row(), point=row().point._replace(impl="sm80")), "op and impl must be decode sm9"),
         (replace(row(), us=None), "us must be a number if tuned and null if modelled, got None "),
         (replace(row(), source="modelled"), "us must be a number if tuned and null if modelled, "),

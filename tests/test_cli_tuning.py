@@ -70,7 +70,7 @@ def test_a_dry_run_says_what_is_pruned(capsys):
     found = facts(capsys, *arguments)
     (pruned, *_), points = found["work"][0]["pruned"], found["work"]
     values = tuple(pruned["config"].values())
-    line = f"pruned at 4 of 4 points: {values}: {pruned['why']}"
+    line = f"pruned at 4 of 4 points: decode {values}: {pruned['why']}"
     assert line in said(capsys, *arguments).splitlines()
     assert re.fullmatch(r"needs \d+ bytes of shared memory, 8.9 has 101376", pruned["why"])
     assert all(len(point["pruned"]) == len(points[0]["pruned"]) > 5 for point in points)

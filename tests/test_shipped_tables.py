@@ -11,9 +11,9 @@ from mla_triton.configs import shipped, validation
 from mla_triton.configs.table import Row
 from mla_triton.device import Device
 from mla_triton.kernels.common.launch import Variant
-from mla_triton.kernels.portable import decode
-from mla_triton.problem import DecodeProblem
-from mla_triton.testing import compilation
+from mla_triton.kernels.portable import decode, prefill
+from mla_triton.problem import DecodeProblem, MergeProblem, PrefillProblem
+from mla_triton.testing import compilation, prefill_compilation
 from mla_triton.tuning import modelled, workers
 from mla_triton.tuning.workers import Job
 
@@ -50,7 +50,7 @@ def test_modelled_rows_are_what_the_heuristic_says_today(label):
 
 
 def test_the_hopper_table_was_timed_over_the_grid_it_claims():
-    keys = [dict(row.point.key) for row in rows("9.0")]
+    keys = [dict(row.point.key) for row in rows("9.0") if row.point.op == "decode"]
     assert {row.source for row in rows("9.0")} == {"tuned"}
     main = [key for key in keys if (key["latent"], key["rope"]) == (512, 64)]
     grid = {(key["dtype"], key["heads"], key["s_q"], key["page_size"]) for key in main}
@@ -67,12 +67,21 @@ def test_the_hopper_table_was_timed_over_the_grid_it_claims():
     assert all(row.us <= row.heuristic_us * 1.02 for row in rows("9.0"))
 
 
-def machine_code(problem: DecodeProblem, config: Any, device: Device) -> Variant:
+KERNELS = {"decode": decode, "prefill": prefill}
+Problem = DecodeProblem | PrefillProblem
+
+
+def machine_code(problem: Problem, config: Any, device: Device) -> Variant:
+    if isinstance(problem, PrefillProblem):
+        return prefill.variant(problem, config, device)
     return decode.variant(problem, config, decode.geometry(problem, device), device)
 
 
-def what_decides(problem: DecodeProblem, config: Any, device: Device) -> tuple[Any, ...]:
+def what_decides(problem: Problem, config: Any, device: Device) -> tuple[Any, ...]:
     """What tells kernels of one form of call apart."""
+    if isinstance(problem, PrefillProblem):
+        widths = problem.qk_dim, problem.k_nope, problem.value_dim
+        return device.label, problem.dtype, widths, problem.causal, config
     widths = problem.latent, problem.rope, problem.value_dim
     tile = decode.row_tile(problem, device)
     return device.label, problem.dtype, widths, problem.page_size, tile, config
@@ -82,14 +91,17 @@ def test_every_config_of_every_row_compiles_and_fits():
     """Once for each dtype, widths, page size and row tile; what tests/test_compile.py compiles is
     left to it."""
     there = set()
-    for case in compilation.cases():
+    for case in (*compilation.cases(), *prefill_compilation.cases()):
+        if isinstance(case.problem, MergeProblem):
+            continue
         device = devices.from_label(case.label)
-        there.add(what_decides(case.problem, decode.heuristic(case.problem, device), device))
+        kernel = prefill if isinstance(case.problem, PrefillProblem) else decode
+        there.add(what_decides(case.problem, kernel.heuristic(case.problem, device), device))
     jobs: dict[tuple[Any, ...], Job] = {}
     for label in LABELS:
         device = devices.from_label(label)
         for row in rows(label):
-            config = decode.Config(**dict(row.config))
+            config = KERNELS[row.point.op].Config(**dict(row.config))
             problem = validation.problem_of(row, device)
             decides = what_decides(problem, config, device)
             if decides not in there and decides not in jobs:

@@ -36,6 +36,7 @@ from mla_triton.kernels.portable import decode as portable
 from mla_triton.models import MODELS
 from mla_triton.ops import decode as operation
 from mla_triton.ops import merge as merging
+from mla_triton.ops import prefill as prefilling
 from mla_triton.tuning import warm
 from mla_triton.tuning.deployment import LAYOUTS, QUERIES, TABLES, describe
 from mla_triton.tuning.warm import Warmed
@@ -45,7 +46,7 @@ CHILD = Path(__file__).with_name("warm_child.py")
 SIZES = {"max_batch": 40, "max_len": 4096}
 TUNED = {"heads": 16, "queries": "joined", **SIZES}
 """On the card whose table has several configs for it."""
-VERIFYING = {"model": "MiniCPM3-4B", "tp": 4, "s_q": [2], **SIZES}
+VERIFYING = {"model": "MiniCPM3-4B", "tp": 4, "s_q": [2], "prefill_tokens": 2048, **SIZES}
 RAGGED = {
     "heads": 12, "latent": 128, "rope": 32, "s_q": [2], "ragged": True, "dtype": "float16",
     "layout": "pair", "table": "csr", "queries": ["joined", "head_major"], "page_size": [48],
@@ -74,6 +75,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
 def forget() -> None:
     configs.forget()
     operation.forget()
+    prefilling.forget()
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -149,7 +151,7 @@ def options(directory: Path) -> list[str]:
     file.write_text(json.dumps(fields))
     return [
         "--from-model", str(file), "--tp", "4", "--s-q", "2", "--max-batch", "40", "--max-len",
-        "4096", "--capability", "8.9", "--cache", str(directory),
+        "4096", "--prefill-tokens", "2048", "--capability", "8.9", "--cache", str(directory),
     ]  # fmt: skip
 
 
@@ -185,7 +187,7 @@ def warmed_up(label: str, directory: Path, description: dict[str, Any]) -> Warme
 # -- a process that serves
 
 
-@pytest.mark.parametrize(("name", "least"), [("tuned", 5), ("verifying", 7), ("ragged", 6)])
+@pytest.mark.parametrize(("name", "least"), [("tuned", 5), ("verifying", 16), ("ragged", 6)])
 def test_a_process_that_serves_compiles_nothing(request, name, least):
     """Nor is much compiled that is never asked for."""
     ready = request.getfixturevalue(name)
@@ -348,7 +350,9 @@ def descriptions(draw: st.DrawFn) -> dict[str, Any]:
 def rows_by(what: str) -> Any:
     """`configs.choose` as if a table had another config for every batch, or every length."""
 
-    def choose(implementation: Any, problem: Any, device: Device, row_tile: int) -> Choice:
+    def choose(
+        implementation: Any, problem: Any, device: Device, row_tile: int | None = None
+    ) -> Choice:
         point = implementation.tuning_point(problem, device, row_tile)
         config = implementation.heuristic(problem, device, row_tile)
         if point is not None:

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 import triton
 
-from mla_triton import configs, select, validate, validate_merge
+from mla_triton import configs, select, validate, validate_merge, validate_prefill
 from mla_triton import device as devices
 from mla_triton.device import Device
 from mla_triton.kernels.common.launch import Variant
 from mla_triton.ops import decode as operation
 from mla_triton.ops import merge as merging
+from mla_triton.ops import prefill as prefilling
 from mla_triton.ops.plan import cut, schedule_launcher
 from mla_triton.problem import DecodeProblem
 from mla_triton.tuning import warm
@@ -121,12 +122,35 @@ def merge_of(deployment: Deployment, draw: random.Random, device: Device) -> Var
     batch, s_q = draw.randint(1, deployment.max_batch), draw.choice(deployment.s_q)
     tokens = (batch * s_q,) if deployment.ragged else (batch, s_q)
     rows = (*tokens, deployment.heads)
-    out = made(*rows, deployment.value_dim, dtype=draw.choice(deployment.dtypes))
+    widths = [deployment.value_dim, *([deployment.v] if deployment.prefill_tokens else [])]
+    out = made(*rows, draw.choice(widths), dtype=draw.choice(deployment.dtypes))
     lse = made(*rows, dtype=torch.float32)
     mask = draw.choice([None, made(*tokens, dtype=torch.bool)])
     problem = validate_merge.described([out] * 2, [lse] * 2, mask, out, lse)
     module = select.choose_merge(problem, device).module
     return merging.prepare(module, problem, device, None).kernel.variant
+
+
+def prefill_of(deployment: Deployment, draw: random.Random, device: Device) -> Variant:
+    """The kernel of a prefill of a deployment: of prompts by themselves, or of what is before."""
+    heads, nope, rope, v = deployment.heads, deployment.nope, deployment.rope, deployment.v
+    dtype = draw.choice(deployment.dtypes)
+    batch = draw.randint(1, deployment.max_batch)
+    queries = draw.choice([draw.randint(0, batch), draw.randint(1, deployment.prefill_tokens)])
+    keys = draw.randint(0, batch * deployment.max_len)
+    query = made(queries, heads, nope + rope, dtype=dtype)
+    split = "split" in deployment.queries and draw.random() < 0.5
+    q, q_rope = (query[..., :nope], query[..., nope:]) if split else (query, None)
+    k, values = made(keys, heads, nope + v, dtype=dtype).split([nope, v], -1)
+    offsets = made(batch + 1)
+    problem = validate_prefill.prefill(
+        q, q_rope, k, made(keys, rope, dtype=dtype), values, offsets, offsets,
+        made(queries, heads, v, dtype=dtype), made(queries, heads, dtype=torch.float32),
+        softmax_scale=1.0, causal=deployment.causal and draw.random() < 0.5,
+        max_seqlen_q=draw.choice([None, queries]), has_memory=False,
+    )  # fmt: skip
+    module = select.choose_prefill(problem, device).module
+    return prefilling.prepare(module, problem, device, None).kernel.variant
 
 
 def asked_for(deployment: Deployment, device: Device, seed: int, calls: int) -> list[Variant]:
@@ -135,6 +159,8 @@ def asked_for(deployment: Deployment, device: Device, seed: int, calls: int) -> 
     problems = [call(deployment, draw) for _ in range(calls)]
     asked = dict.fromkeys(v for problem in problems for v in kernels_of(problem, device))
     asked |= dict.fromkeys(merge_of(deployment, draw, device) for _ in range(calls // 4))
+    if deployment.prefill_tokens:
+        asked |= dict.fromkeys(prefill_of(deployment, draw, device) for _ in range(calls // 4))
     return list(asked)
 
 

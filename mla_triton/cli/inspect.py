@@ -35,7 +35,7 @@ def add_commands(commands: Commands) -> None:
     for name, run, about in (
         ("info", info, "devices, versions and caches of this machine"),
         ("explain", explain, "what would run on a card, with which config, and why"),
-        ("check", check, "decode the shapes of real models and compare with float64"),
+        ("check", check, "compute the shapes of real models and compare with float64"),
     ):
         command = add_command(commands, name, run, about)
         if name == "explain":
@@ -239,7 +239,11 @@ def check(arguments: argparse.Namespace) -> int:
         rows.append(row)
         return row
 
-    todo: list[engine.Case | engine.MergeCase] = [*engine.cases(on_gpu), *engine.merges(on_gpu)]
+    todo: list[engine.Case | engine.PrefillCase | engine.MergeCase] = [
+        *engine.cases(on_gpu),
+        *engine.prefills(on_gpu),
+        *engine.merges(on_gpu),
+    ]
     found = map(keep, engine.run(todo, kv_lens, device, bandwidth))
     if arguments.json:
         list(found)
