@@ -15,7 +15,15 @@ import pytest
 import torch
 
 import mla_triton
-from mla_triton.testing import PrefillInputs, assert_within_budget
+from mla_triton import AttentionState, reference
+from mla_triton.testing import (
+    DecodeInputs,
+    PrefillInputs,
+    assert_within_budget,
+    decode_budget,
+    decode_inputs,
+    query_blocks,
+)
 
 SCRIPT = Path(__file__).parent.parent / "docs" / "examples" / "chunked_prefill.py"
 FORMS = ("expanded", "absorbed")
@@ -154,3 +162,54 @@ def test_the_script_says_so(recipe, monkeypatch, capsys):
     monkeypatch.setattr(mla_triton, "merge", lambda states, **buffers: states[0])
     assert recipe.main() == 1
     assert "too far" in capsys.readouterr().out
+
+
+# -- absorbed: decode with long ragged queries
+
+
+def assert_blocks_within_budget(state: AttentionState, inputs: DecodeInputs, size: int) -> None:
+    for rows, part in query_blocks(inputs, size):
+        assert_within_budget(AttentionState(state.out[rows], state.lse[rows]), part)
+
+
+@pytest.mark.parametrize("table", ["dense", "csr"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_blocks_of_a_problem_are_the_problem(causal, table):
+    """So what is judged block by block is judged."""
+    inputs = decode_inputs(
+        kv_lens=[40, 9, 0, 70], q_lens=[40, 20, 3, 13], heads=3, latent=32, rope=16, table=table,
+        causal=causal,
+    )  # fmt: skip
+    whole, seen = decode_budget(inputs), torch.zeros(76, dtype=torch.bool)
+    for rows, part in query_blocks(inputs, 7):
+        budget = decode_budget(part)
+        assert part.q_nope.shape[0] == rows.stop - rows.start <= 7
+        torch.testing.assert_close(budget.exact.out, whole.exact.out[rows])
+        torch.testing.assert_close(budget.exact.lse, whole.exact.lse[rows])
+        assert not seen[rows].any()
+        seen[rows] = True
+    assert seen.all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("causal", [True, False])
+def test_hundreds_of_query_tokens_a_request(causal, dtype):
+    """A chunk behind a prefix, a prompt by itself, more queries than keys, and none."""
+    inputs = decode_inputs(
+        kv_lens=[300, 130, 90, 30, 0], q_lens=[130, 130, 0, 70, 9], heads=8, latent=64, rope=16,
+        dtype=dtype, causal=causal, page_size=16,
+    )  # fmt: skip
+    buffers = inputs.output_buffers()
+    arguments, options = inputs.call_arguments()
+    state = mla_triton.decode(*arguments, **options, **buffers)
+    assert_blocks_within_budget(state, inputs, 64)
+    hidden = state.lse[130 + 130 : 130 + 130 + 40] if causal else state.lse[-9:]
+    assert (hidden == float("-inf")).all()
+
+
+def test_a_block_tells_a_wrong_mask():
+    inputs = decode_inputs(kv_lens=[90], q_lens=[50], heads=2, latent=32, rope=16)
+    arguments, options = inputs.call_arguments()
+    state = reference.decode_same_precision(*arguments, **(options | {"causal": False}))
+    with pytest.raises(AssertionError, match="is over its budget"):
+        assert_blocks_within_budget(state, inputs, 16)

@@ -16,7 +16,12 @@ from mla_triton.testing.budget import (
 from mla_triton.testing.inputs import check_inputs, check_prefill_inputs
 from mla_triton.testing.merges import MergeInputs, merge_inputs
 from mla_triton.testing.prefill_problems import PrefillInputs, prefill_inputs
-from mla_triton.testing.problems import DecodeInputs, decode_inputs, untouched_padding
+from mla_triton.testing.problems import (
+    DecodeInputs,
+    decode_inputs,
+    query_blocks,
+    untouched_padding,
+)
 
 __all__ = [
     "MODELS",
@@ -36,5 +41,6 @@ __all__ = [
     "merge_inputs",
     "prefill_budget",
     "prefill_inputs",
+    "query_blocks",
     "untouched_padding",
 ]

@@ -7,9 +7,9 @@ views, logits of about 900 either way, equal keys, one key that outweighs all ot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import torch
@@ -136,6 +136,35 @@ def decode_inputs(
         recipe=recipe,
     )  # fmt: skip
     return inputs.to(device)
+
+
+def query_blocks(inputs: DecodeInputs, size: int) -> Iterator[tuple[slice, DecodeInputs]]:
+    """A ragged problem as problems of at most `size` query tokens of one request each.
+
+    With each the tokens that it is of: under a bottom-right mask some of a request's queries are
+    those of a request whose keys end where the last of them sees. The oracle of thousands of query
+    tokens over thousands of keys does not fit into memory at once.
+    """
+    assert inputs.cu_seqlens_q is not None
+    bounds, lengths = inputs.cu_seqlens_q.tolist(), inputs.kv_lens.tolist()
+    for request, (first, last) in enumerate(pairwise(bounds)):
+        table = inputs.page_table
+        if isinstance(table, CSRPageTable):
+            table = table._replace(indptr=table.indptr[request : request + 2])
+        else:
+            table = table[request : request + 1]
+        for begin in range(first, last, size):
+            end = min(begin + size, last)
+            seen = lengths[request] - (last - end if inputs.causal else 0)
+            part = replace(
+                inputs,
+                q_nope=inputs.q_nope[begin:end],
+                q_rope=None if inputs.q_rope is None else inputs.q_rope[begin:end],
+                page_table=table,
+                kv_lens=int32([seen]).to(inputs.kv_lens.device),
+                cu_seqlens_q=int32([0, end - begin]).to(inputs.kv_lens.device),
+            )
+            yield slice(begin, end), part
 
 
 def untouched_padding(view: torch.Tensor) -> bool:
