@@ -38,7 +38,7 @@ What runs where, and what was seen. Three kinds of evidence, weakest first:
   (see [below](#code-for-80-86-and-89-on-a-hopper-card)). Seen on an NVIDIA H200 with Triton 3.6.0
   and PyTorch 2.11.0: all tests of `tests/gpu`, in float16, bfloat16 and float32, and
   compute-sanitizer's memcheck and racecheck over every kernel without a finding; of
-  `mla_triton.merge` nothing yet. No other card has been tried.
+  `mla_triton.prefill` and `mla_triton.merge` nothing yet. No other card has been tried.
 
 | capability | cards | shared memory a program | matrix instructions | variants compiled |
 | --- | --- | --- | --- | --- |
