@@ -5,12 +5,11 @@ Small heads and prompts here; `tests/gpu/test_chunked_prefill_gpu.py` has the re
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import examples
 import pytest
 import torch
 
@@ -25,24 +24,13 @@ from mla_triton.testing import (
     query_blocks,
 )
 
-SCRIPT = Path(__file__).parent.parent / "docs" / "examples" / "chunked_prefill.py"
 FORMS = ("expanded", "absorbed")
-
-
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("chunked_prefill", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look up annotations
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
 def recipe(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """What came before a chunk is expanded in parts, some of them empty for some requests."""
-    module = load()
+    module = examples.load("chunked_prefill")
     monkeypatch.setattr(module, "WORKSPACE", 16)
     return module
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import examples
 import pytest
 import torch
 
@@ -16,18 +14,10 @@ import mla_triton
 from mla_triton import reference
 from mla_triton.state import AttentionState
 
-SCRIPT = Path(__file__).parent.parent / "docs" / "examples" / "deepseek_v3_attention.py"
-
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("deepseek_v3_attention", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look up annotations
-    spec.loader.exec_module(module)
-    return module
+    return examples.load("deepseek_v3_attention")
 
 
 def test_kernels_reproduce_the_layer(example: ModuleType, device: torch.device) -> None:
@@ -83,7 +73,9 @@ def test_pages_hold_what_the_layer_caches(example: ModuleType) -> None:
 def test_the_script_prints_and_exits(
     example: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.argv", [str(SCRIPT), "--device", "cpu", "--dtype", "bfloat16"])
+    monkeypatch.setattr(
+        "sys.argv", ["deepseek_v3_attention.py", "--device", "cpu", "--dtype", "bfloat16"]
+    )
     monkeypatch.setattr(mla_triton, "decode", reference.decode)
     assert example.main() == 0
     lines = capsys.readouterr().out.splitlines()

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from test_merge import merge, same_bits
+from test_operators import fixed, launchers_made, needs_compiler, needs_kernels, no_waiting
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mla_triton
 from mla_triton import AttentionState, validate_merge
-from mla_triton import device as devices
 from mla_triton.kernels.common.launch import Launcher
 from mla_triton.ops import merge as operation
 from mla_triton.testing import MergeInputs, merge_inputs
-
-try:
-    import torch._dynamo
-
-    COMPILER = True
-except ImportError:  # of a PyTorch that was made for an older Triton than there is
-    COMPILER = False
-
-needs_compiler = pytest.mark.skipif(not COMPILER, reason="torch.compile cannot be imported")
-needs_kernels = pytest.mark.skipif(
-    not (devices.interpreting() or torch.cuda.is_available()), reason="nothing to launch"
-)
 
 
 def operands(inputs: MergeInputs) -> list[Any]:
@@ -48,11 +35,6 @@ by_form = pytest.mark.parametrize("form", FORMS)
 def made(form: str, device: torch.device | str, **more: Any) -> MergeInputs:
     plain = {"dtype": torch.float32, "heads": 3, "value_dim": 16, "empty": 0.0}
     return merge_inputs(**(plain | FORMS[form] | more), device=device)
-
-
-def fixed(call: Callable[..., Any], backend: str, **options: Any) -> Callable[..., Any]:
-    torch._dynamo.reset()
-    return torch.compile(call, fullgraph=True, backend=backend, **options)
 
 
 @needs_compiler
@@ -160,29 +142,17 @@ def test_tensors_without_memory(form):
 @needs_kernels
 @by_form
 def test_nothing_waits_for_the_device(form, device, monkeypatch):
-    def wait(*_: object) -> None:
-        raise AssertionError("this waits for the device")
-
     inputs, launched = made(form, device), []
     monkeypatch.setattr(Launcher, "__call__", lambda self, *_: launched.append(self))
     with monkeypatch.context() as patch:
-        for name in ("item", "tolist", "__bool__", "__index__", "__int__", "__float__", "cpu"):
-            patch.setattr(torch.Tensor, name, wait)
+        no_waiting(patch)
         merge(inputs)
     assert len(launched) == 1
 
 
 @needs_kernels
 def test_calls_that_differ_in_size_share_their_kernels(device, monkeypatch):
-    made = []
-    init = Launcher.__init__
-
-    def count(self, variant, *rest):
-        made.append(variant)
-        init(self, variant, *rest)
-
-    monkeypatch.setattr(Launcher, "__init__", count)
-    monkeypatch.setattr(Launcher, "__call__", lambda *_: None)
+    made = launchers_made(monkeypatch)
     operation.prepare.cache_clear()
     for tokens in (5, 6, 1, 300):
         for masked in (False, True):

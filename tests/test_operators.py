@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import mla_triton
 from mla_triton import device as devices
 from mla_triton import validate
-from mla_triton.kernels.common.launch import Launcher
+from mla_triton.kernels.common.launch import Launcher, Variant
 from mla_triton.testing import decode_inputs
 from mla_triton.testing.problems import DecodeInputs
 
@@ -482,18 +482,24 @@ def test_waiting_is_noticed(name, monkeypatch):
 # -- kernels are compiled once
 
 
-@needs_kernels
-def test_calls_that_differ_in_size_share_their_kernels(device, monkeypatch):
-    """What changes from one step to the next makes no new launcher, and so compiles nothing."""
-    made = []
+def launchers_made(monkeypatch: pytest.MonkeyPatch) -> list[Variant]:
+    """The variants that launchers are made for from now on; nothing is launched."""
+    made: list[Variant] = []
     init = Launcher.__init__
 
-    def count(self, variant, *rest):
+    def count(self: Launcher, variant: Variant, *rest: Any) -> None:
         made.append(variant)
         init(self, variant, *rest)
 
     monkeypatch.setattr(Launcher, "__init__", count)
     monkeypatch.setattr(Launcher, "__call__", lambda *_: None)
+    return made
+
+
+@needs_kernels
+def test_calls_that_differ_in_size_share_their_kernels(device, monkeypatch):
+    """What changes from one step to the next makes no new launcher, and so compiles nothing."""
+    made = launchers_made(monkeypatch)
     for batch, pages in ((5, 3), (6, 3), (7, 9), (9, 200)):
         inputs = make(device, kv_lens=[9] * batch)
         table = torch.zeros(batch, pages, dtype=torch.int32, device=device)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from prefill_rejections import SHAPED, arguments
-from test_operators import fixed, needs_compiler, needs_kernels, no_waiting
+from test_operators import fixed, launchers_made, needs_compiler, needs_kernels, no_waiting
 from test_validate_prefill import changes_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -170,15 +170,7 @@ def test_no_call_waits_for_the_device(layout, device, monkeypatch):
 @needs_kernels
 def test_calls_that_differ_in_lengths_share_their_kernel(device, monkeypatch):
     """What changes from one step to the next makes no new launcher, and so compiles nothing."""
-    made = []
-    init = Launcher.__init__
-
-    def count(self, variant, *rest):
-        made.append(variant)
-        init(self, variant, *rest)
-
-    monkeypatch.setattr(Launcher, "__init__", count)
-    monkeypatch.setattr(Launcher, "__call__", lambda *_: None)
+    made = launchers_made(monkeypatch)
     operation.forget()
     for lens in ([65], [70, 90], [66, 3, 200]):
         positional, options = make(device, q_lens=lens, k_lens=lens).call_arguments()

@@ -152,7 +152,8 @@ def _merge(
         return
     if len(outs) == 1:
         # The kernel has an address for the first of a stack, and finds the others from there.
-        outs, lses = ([*stack[:MOST_APART].unbind()] for stack in (outs[0], lses[0]))
+        first = min(MOST_APART, problem.states)
+        outs, lses = ([*stack.narrow(0, 0, first).unbind()] for stack in (outs[0], lses[0]))
     ready = prepare(chosen.module, problem, device, out.device.index)
     tensors = MergeTensors(outs, lses, mask, out, lse)
     chosen.module.launch(ready.kernel, problem, ready.config, layout, tensors)

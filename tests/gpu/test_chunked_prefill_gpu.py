@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import examples
 import pytest
 import torch
-from test_chunked_prefill import FORMS, load
+from test_chunked_prefill import FORMS
 from ways import Way, is_refused, run
 
 from mla_triton import AttentionState
@@ -29,7 +30,7 @@ half a gigabyte in float64, several times."""
     ],
 )
 def test_chunks_are_the_whole(size, prompts, form, dtype):
-    recipe = load()
+    recipe = examples.load("chunked_prefill")
     reports = recipe.run(form, size, prompts, "cuda", dtype)
     assert [report.tokens for report in reports] == [length for length in prompts if length]
     assert all(report.ok for report in reports), reports

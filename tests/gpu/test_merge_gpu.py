@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
+from test_merge import merge, same_bits
 
 import mla_triton
 from mla_triton import AttentionState, validate_merge
@@ -18,23 +17,9 @@ from mla_triton.testing import (
     merge_inputs,
     untouched_padding,
 )
-from mla_triton.testing.merges import MergeInputs
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 INF = float("inf")
-
-
-def merge(inputs: MergeInputs, **options: Any) -> AttentionState:
-    (states,), own = inputs.call_arguments()
-    return mla_triton.merge(states, **own, **options)
-
-
-def same_bits(one: AttentionState, other: AttentionState) -> bool:
-    integers = {2: torch.int16, 4: torch.int32}
-    return all(
-        torch.equal(*(tensor.view(integers[tensor.element_size()]) for tensor in pair))
-        for pair in zip(one, other, strict=True)
-    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
