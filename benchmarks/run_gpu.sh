@@ -4,7 +4,7 @@
 #   benchmarks/run_gpu.sh OUTPUT_DIRECTORY [STEP...]
 #
 # Steps, all of them by default and in this order: info check tests prefill merge tuning sm8x
-# bench bench_prefill bench_merge tune first_call sanitizer suite. Each has a time limit
+# bench bench_prefill bench_merge bench_chunked tune first_call sanitizer suite. Each has a time limit
 # (LIMIT_<STEP>, in seconds), its log is OUTPUT_DIRECTORY/<step>.log, and a step that fails stops none
 # of the others. PYTHON names the interpreter; PYTEST_ARGS (such as "-n 8", to compile on several
 # cores) and BENCH_ARGS are handed on.
@@ -19,7 +19,7 @@ output=$1
 shift
 steps=("$@")
 [ ${#steps[@]} -gt 0 ] || steps=(info check tests prefill merge tuning sm8x bench bench_prefill \
-    bench_merge tune first_call sanitizer suite)
+    bench_merge bench_chunked tune first_call sanitizer suite)
 
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -33,7 +33,8 @@ command_of() {
     info) echo "nvidia-smi; $python -m mla_triton info" ;;
     check) echo "$python -m mla_triton check" ;;
     tests) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_decode_gpu.py" ;;
-    prefill) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_prefill_gpu.py" ;;
+    prefill) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_prefill_gpu.py \
+        tests/gpu/test_chunked_prefill_gpu.py" ;;
     merge) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_merge_gpu.py" ;;
     tuning) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_tuning_gpu.py" ;;
     sm8x) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_sm8x_code.py" ;;
@@ -42,6 +43,7 @@ command_of() {
         exit \$rc" ;;
     bench_prefill) echo "$python benchmarks/prefill.py --output '$output/prefill.json'" ;;
     bench_merge) echo "$python benchmarks/merge.py --output '$output/merge.json'" ;;
+    bench_chunked) echo "$python benchmarks/chunked.py --output '$output/chunked.json'" ;;
     tune) echo "$python benchmarks/tune.py --output '$output/tune.json'" ;;
     first_call) echo "$python benchmarks/first_call.py --output '$output/first_call.json'" ;;
     sanitizer) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_sanitizer.py" ;;
@@ -65,6 +67,7 @@ limit_of() {
     bench) echo "${!own:-420}" ;;
     bench_prefill) echo "${!own:-300}" ;;
     bench_merge) echo "${!own:-240}" ;;
+    bench_chunked) echo "${!own:-300}" ;;
     tune) echo "${!own:-300}" ;;
     first_call) echo "${!own:-300}" ;;
     sanitizer) echo "${!own:-600}" ;;

@@ -15,6 +15,7 @@ import torch
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import chunked  # noqa: E402
 import prefill  # noqa: E402
 
 from mla_triton import reference  # noqa: E402
@@ -145,3 +146,51 @@ def test_without_a_gpu_nothing_is_measured():
     assert listed.stdout.split() == [cell.name for cell in prefill.CELLS]
     assert ran.returncode == 2
     assert "needs a GPU" in ran.stderr
+
+
+# -- a cached prefix
+
+
+def test_a_chunk_is_checked_and_timed_in_both_forms(monkeypatch):
+    monkeypatch.setattr(chunked, "PART", 32)
+    monkeypatch.setattr(chunked, "PAGE_SIZE", 16)
+    monkeypatch.setattr(chunked.timing, "cold_copies", lambda size: 2)
+    timed = []
+
+    def microseconds(calls):
+        timed.append(len(calls))
+        assert all(call().out.isfinite().all() for call in calls)
+        return 10.0 * len(timed)
+
+    monkeypatch.setattr(chunked.timing, "microseconds", microseconds)
+    cell = chunked.Cell(heads=2, prefix=70, chunk=9, widths=chunked.recipe.SMALL)
+    row = chunked.measure_cell(cell, CPU)
+    assert row["cell"] == "h2-prefix70-chunk9"
+    assert row["expanded"]["ok"]
+    assert row["absorbed"]["ok"]
+    assert (row["expanded"]["us"], row["absorbed"]["us"]) == (10.0, 20.0)
+    assert timed == [2, 2]
+
+    monkeypatch.setattr(chunked.mla_triton, "merge", lambda states, **buffers: None)
+    row = chunked.measure_cell(cell, CPU)
+    assert not row["expanded"]["ok"]
+    assert "us" not in row["expanded"]
+    text = chunked.lines({"cells": [row]})
+    assert "check failed" in text[1]
+
+
+def test_where_expanding_becomes_faster():
+    def cell(chunk: int, expanded: float, absorbed: float, prefix: int = 100) -> dict[str, Any]:
+        return {
+            "cell": "", "heads": 4, "prefix": prefix, "chunk": chunk,
+            "expanded": {"us": expanded}, "absorbed": {"us": absorbed},
+        }  # fmt: skip
+
+    cells = [cell(16, 9, 2), cell(64, 9, 8), cell(128, 10, 16), cell(256, 11, 30)]
+    cells += [cell(16, 9, 2, 200), cell(64, 9, 8, 200)]
+    cells += [cell(16, 1, 2, 300)]
+    assert chunked.cross_overs(cells) == [
+        "4 heads, prefix 100: to expand is faster from a chunk of 65..128 on",
+        "4 heads, prefix 200: to expand is not faster at any chunk that was measured",
+        "4 heads, prefix 300: to expand is faster from a chunk of 1..16 on",
+    ]

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -61,10 +62,14 @@ class Layer:
     """`[heads, v, latent]`"""
     scale: float
 
+    @cached_property
+    def w_ukv(self) -> torch.Tensor:
+        """Both as one, `[heads * (nope + v), latent]`."""
+        return torch.cat([self.w_uk, self.w_uv], dim=1).flatten(0, 1)
+
     def expand(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`[n, latent]` to keys without their rotary part, `[n, heads, nope]`, and values."""
-        both = torch.cat([self.w_uk, self.w_uv], dim=1).flatten(0, 1)
-        expanded = (latents @ both.T).unflatten(1, (len(self.w_uk), -1))
+        expanded = (latents @ self.w_ukv.T).unflatten(1, (len(self.w_uk), -1))
         k, v = expanded.split([self.w_uk.shape[1], self.w_uv.shape[1]], dim=-1)
         return k, v
 
@@ -202,9 +207,12 @@ def chunks(prompts: Sequence[int], size: int) -> Iterator[list[Span]]:
 
 
 def in_one_go(form: str, layer: Layer, tokens: Tokens) -> AttentionState:
-    """One whole prompt by the reference, with the roundings of the working precision."""
+    """One whole prompt by the reference, with the roundings of the working precision.
+
+    Where there are fewer queries than keys, they are the prompt's last.
+    """
     latent, count = layer.w_uk.shape[-1], len(tokens.keys)
-    whole = offsets([(0, count)], torch.device("cpu"))
+    queries, whole = (torch.tensor([0, n]) for n in (len(tokens.q_nope), count))
     if form == "expanded":
         k, v = layer.expand(tokens.keys[:, :latent])
         return reference.prefill_same_precision(
@@ -213,7 +221,7 @@ def in_one_go(form: str, layer: Layer, tokens: Tokens) -> AttentionState:
             v,
             q_rope=tokens.q_rope,
             k_rope=tokens.keys[:, latent:],
-            cu_seqlens_q=whole,
+            cu_seqlens_q=queries,
             cu_seqlens_k=whole,
             softmax_scale=layer.scale,
         )
@@ -224,7 +232,7 @@ def in_one_go(form: str, layer: Layer, tokens: Tokens) -> AttentionState:
         torch.zeros(1, 1, dtype=torch.int32, device=tokens.keys.device),
         torch.tensor([count]),
         softmax_scale=layer.scale,
-        cu_seqlens_q=whole,
+        cu_seqlens_q=queries,
     )
     return AttentionState(project_values(state.out, layer.w_uv), state.lse)
 
@@ -278,7 +286,7 @@ def judge(form: str, layer: Layer, tokens: Tokens, state: AttentionState) -> Rep
     lse_unit = torch.finfo(torch.float32).eps / 2 * exact.lse.abs().amax().item()
     lse_errors = [(one.lse.double() - exact.lse).abs().amax().item() for one in (state, same)]
     return Report(
-        len(tokens.keys),
+        len(tokens.q_nope),
         largest(state.out),
         2 * (largest(same.out) + unit * size[0]),
         rms(state.out),
