@@ -190,6 +190,8 @@ class PrefillProblem:
     """Whether the largest logit is the smallest product."""
     aligned: bool = True
     """Whether every address the kernels compute is a multiple of 16 bytes."""
+    distinct: bool = True
+    """Whether every token and head has memory of its own: not so of what `expand` made."""
     batch: int = field(default=1, compare=False)
     queries: int = field(default=LARGEST_TILE, compare=False)
     """Rows of `q`: the query tokens of all sequences at most."""

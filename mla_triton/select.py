@@ -21,11 +21,13 @@ from mla_triton.kernels.portable import merge as portable_merge
 from mla_triton.kernels.portable import prefill as portable_prefill
 from mla_triton.kernels.portable import prefill_config
 from mla_triton.kernels.sm90 import decode_config as sm90_config
+from mla_triton.kernels.sm90 import prefill_config as sm90_prefill_config
 from mla_triton.plan import Geometry
 from mla_triton.problem import DecodeProblem, MergeProblem, PrefillProblem
 
 CONFIGURED = {"sm90": sm90_config, "portable": portable_config}
 """How the kernels of decode are configured, which needs no compiler and no Gluon."""
+PORTABLE = {"decode": portable_decode, "prefill": portable_prefill}
 Reasons = tuple[tuple[str, str | None], ...]
 """(implementation, why it does not take the problem or None), best first."""
 
@@ -76,16 +78,24 @@ def why_not_sm90(
             reason = sm90_config.why_slower(problem, device)
         else:
             reason = sm90_config.why_not_cut(like)
-    return reason or sm90.why_not_loaded()
+    return reason or sm90.why_not_loaded("decode")
 
 
-def _module_of(name: str) -> ModuleType:
+def why_not_sm90_prefill(problem: PrefillProblem, device: Device, impl: str | None) -> str | None:
+    """The same of prefill, which has no plans."""
+    reason = sm90_prefill_config.why_not(problem, device)
+    if reason is None and impl is None:
+        reason = sm90_prefill_config.why_slower(problem, device)
+    return reason or sm90.why_not_loaded("prefill")
+
+
+def _module_of(operation: str, name: str) -> ModuleType:
     """The module of an implementation that no reason is known against."""
     if name == "sm90":
-        module, reason = sm90.load_decode()
+        module, reason = sm90.load(operation)
         assert module is not None, reason
         return module
-    return portable_decode if name == "portable" else reference
+    return PORTABLE[operation] if name == "portable" else reference
 
 
 def name_decode(
@@ -117,7 +127,7 @@ def choose_decode(
 ) -> Selection:
     """The same with the module that runs, which is loaded for it."""
     name, reasons = name_decode(problem, device, impl, like)
-    return Selection(name, _module_of(name), reasons)
+    return Selection(name, _module_of("decode", name), reasons)
 
 
 decode = lru_cache(maxsize=4096)(choose_decode)
@@ -144,11 +154,12 @@ def choose_prefill(problem: PrefillProblem, device: Device, impl: str | None = N
     nothing can take the problem, or where `impl` cannot.
     """
     reasons = (
+        ("sm90", why_not_sm90_prefill(problem, device, impl)),
         ("portable", prefill_config.why_not(problem, device)),
         ("reference", why_not_reference(device)),
     )
     name = _taken("prefill", reasons, device, impl)
-    return Selection(name, portable_prefill if name == "portable" else reference, reasons)
+    return Selection(name, _module_of("prefill", name), reasons)
 
 
 prefill = lru_cache(maxsize=4096)(choose_prefill)

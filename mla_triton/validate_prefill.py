@@ -148,6 +148,7 @@ def prefill_problem(call: PrefillCall) -> PrefillProblem:
         usual_queries=LARGEST_TILE if symbolic else usual_queries(queries, batch),
         negative_scale=call.negative_scale,
         aligned=call.aligned and all(rows_aligned(t) for t in values.values() if t is not None),
+        distinct=all(_rows_distinct(t) for t in values.values() if t is not None),
         batch=batch,
         queries=queries,
         keys=keys,
@@ -157,6 +158,12 @@ def prefill_problem(call: PrefillCall) -> PrefillProblem:
 
 # An engine makes a few of these per step; the bound is for one that never repeats itself.
 known_problem = lru_cache(maxsize=4096)(prefill_problem)
+
+
+def _rows_distinct(tensor: Layout) -> bool:
+    """Whether no two rows lie on each other. A stride that is symbolic is not asked."""
+    rows = zip(tensor.shape[:-1], tensor.strides[:-1], strict=True)
+    return not any(isinstance(step, int) and step == 0 and size > 1 for size, step in rows)
 
 
 def _check_dtypes_and_devices(

@@ -181,7 +181,7 @@ SHAPES = [
         for scale in (math.nan, math.inf)
     ),
     Rejection("prefill: impl unknown", prefill(impl="flash"), ValueError,
-        "impl must be one of portable, reference, got 'flash'"),
+        "impl must be one of sm90, portable, reference, got 'flash'"),
 ]
 
 RESULTS = [
@@ -215,9 +215,9 @@ ELSEWHERE = [
         "7.5"),
     Rejection("prefill: no implementation for the card",
         lambda: select.prefill(problem(), TURING), NotImplementedError,
-        "no implementation of prefill can run on 7.5: portable: it needs capability 8.0 or later, "
-        "this card has 7.5; reference: it synchronises and copies; on a GPU it runs only when "
-        "asked for (impl='reference')"),
+        "no implementation of prefill can run on 7.5: sm90: it is written for capability 9.0, this "
+        "card has 7.5; portable: it needs capability 8.0 or later, this card has 7.5; reference: "
+        "it synchronises and copies; on a GPU it runs only when asked for (impl='reference')"),
 ]
 
 # Found with MLA_TRITON_DEBUG=1.

@@ -248,11 +248,11 @@ def no_gluon(monkeypatch) -> Iterator[str]:
         raise AttributeError(text)
 
     monkeypatch.setattr(kernels_for_hopper, "import_module", import_module)
-    kernels_for_hopper.load_decode.cache_clear()
+    kernels_for_hopper.load.cache_clear()
     select.decode.cache_clear()
     yield f"this Triton's Gluon is not one that it knows: {text}"
     monkeypatch.undo()
-    kernels_for_hopper.load_decode.cache_clear()
+    kernels_for_hopper.load.cache_clear()
     select.decode.cache_clear()
 
 

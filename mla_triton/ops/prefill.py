@@ -60,8 +60,8 @@ def prefill(
         max_seqlen_q: an upper bound of the sequences' query tokens, where the host knows one: it
             spares programs that find nothing to do. Of a longer sequence the rest of its rows are
             not written.
-        impl: "portable" or "reference"; refused with a reason where it cannot run, never replaced.
-            Without it the best one that can run.
+        impl: "sm90", "portable" or "reference"; refused with a reason where it cannot run, never
+            replaced. Without it the best one that can run.
         out, lse: buffers for the result, for CUDA graphs; `[q_tokens, heads, v_dim]` in q's dtype
             and `[q_tokens, heads]` float32.
 

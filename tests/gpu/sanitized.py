@@ -1,6 +1,6 @@
 """A script for compute-sanitizer: every kernel on small problems, judged on the CPU.
 
-    python sanitized.py WAY    one of portable, sm90-1 and sm90-2, prefill or merge
+    python sanitized.py WAY    one of portable, sm90-1, sm90-2, prefill-portable, prefill-sm90, merge
 
 Memory comes straight from the driver (PYTORCH_NO_CUDA_MEMORY_CACHING=1), so that an access past the
 end of a tensor is one past the end of an allocation.
@@ -101,26 +101,36 @@ PREFILL: tuple[dict[str, Any], ...] = (
     {"dtype": torch.bfloat16, "q_lens": (3, 0, 9, 1), "k_lens": (40, 5, 0, 70)},
     {"dtype": torch.float32},
 )
+PREFILL_SM90: tuple[dict[str, Any], ...] = (
+    {"dtype": torch.bfloat16, "split_k": True},
+    {"dtype": torch.float16, "split_q": True, "split_k": True},
+    {"dtype": torch.float16, "split_k": True, "qk": 256, "v_dim": 256},
+    {"dtype": torch.bfloat16, "kv_heads": 2, "qk": 128, "causal": False},
+    {"dtype": torch.bfloat16, "split_k": True, "strided": 16},
+    {"dtype": torch.bfloat16, "q_lens": (3, 0, 9, 1), "k_lens": (40, 5, 0, 70)},
+)
 
 
-def prefill_all() -> int:
+def prefill_all(impl: str) -> int:
     """The same for prefill, with offsets that lie at the end."""
-    for problem in PREFILL:
+    problems = PREFILL if impl == "portable" else PREFILL_SM90
+    for problem in problems:
         inputs = prefill_inputs(**({"q_lens": (130, 0, 65), "k_lens": (200, 9, 64)} | problem))
         arguments, options = inputs.to("cuda").call_arguments()
-        state = prefill(*arguments, **options)
+        state = prefill(*arguments, **options, impl=impl)
         assert_within_budget(AttentionState(*(tensor.cpu() for tensor in state)), inputs)
     arguments, options = prefill_inputs(q_lens=(300, 9), device="cuda").call_arguments()
     wrong = torch.tensor([-5, 2**31 - 1, 7], dtype=torch.int32, device="cuda")
-    prefill(*arguments, **(options | {"cu_seqlens_q": wrong, "cu_seqlens_k": wrong}))
+    prefill(*arguments, **(options | {"cu_seqlens_q": wrong, "cu_seqlens_k": wrong}), impl=impl)
     torch.cuda.synchronize()
-    return len(PREFILL) + 1
+    return len(problems) + 1
 
 
 def main(name: str) -> int:
-    others = {"prefill": prefill_all, "merge": merge_all}
-    if name in others:
-        judged = others[name]()
+    if name == "merge":
+        judged = merge_all()
+    elif name.startswith("prefill-"):
+        judged = prefill_all(name.removeprefix("prefill-"))
     else:
         way = next(way for way in WAYS if str(way) == name)
         with forced(way):
