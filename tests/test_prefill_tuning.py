@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tables import CARD
 
-from mla_triton import configs, models, validate_prefill
+from mla_triton import configs, models, select, validate_prefill
 from mla_triton import device as devices
 from mla_triton.configs import store, validation
 from mla_triton.configs.table import Point, Row, items
 from mla_triton.kernels.common.tensors import PrefillTensors
 from mla_triton.kernels.portable import prefill as portable
+from mla_triton.kernels.sm90 import prefill as sm90
 from mla_triton.problem import PrefillProblem
 from mla_triton.state import AttentionState
 from mla_triton.testing import PrefillInputs, prefill_compilation, prefill_inputs
@@ -32,6 +33,8 @@ PLAIN = replace(prefill_compilation.problem(), batch=4, queries=4 * 1024, keys=4
 """Of 16 heads, 192 and 128 columns."""
 WIDE = portable.Config(64, 64, 4, 2)
 """Valid, and not the heuristic's choice."""
+NARROW = sm90.Config(64, 4)
+"""The same of the Hopper kernel's."""
 KEY = items(
     {
         "causal": True, "dtype": "bfloat16", "heads": 16, "qk": 192, "rope": 64, "s_q": 128,
@@ -50,8 +53,10 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
     configs.forget()
 
 
-def row(batch: int = 4, length: int = 4096, config: Any = WIDE, **changes: Any) -> Row:
-    point = Point("prefill", "portable", items(dict(KEY) | changes), batch, length)
+def row(
+    batch: int = 4, length: int = 4096, config: Any = WIDE, impl: str = "portable", **changes: Any
+) -> Row:
+    point = Point("prefill", impl, items(dict(KEY) | changes), batch, length)
     return Row(point, items(vars(config)), 10.0, 12.0, "tuned")
 
 
@@ -119,6 +124,26 @@ def test_a_row_of_the_user_is_taken():
     )
 
 
+def test_rows_are_their_implementations_own():
+    """Under the same key."""
+    assert sm90.tuning_point(PLAIN, CARD) == portable.tuning_point(PLAIN, CARD)
+    store.save(CARD, tables.header(CARD), [row(config=NARROW, impl="sm90")])
+    configs.forget()
+    choice = configs.choose(sm90, PLAIN, CARD)
+    assert (choice.config, choice.source) == (NARROW, "user")
+    assert configs.choose(portable, PLAIN, CARD).source == "heuristic"
+
+
+def test_points_of_a_card_without_wgmma_are_portables():
+    other = devices.from_label("8.0")
+    work, _ = tuner.list_work(device=other, **PROMPTS)
+    found = [each for each in work if each.point.op == "prefill"]
+    assert {each.implementation for each in found} == {portable}
+    for each in found:
+        tried = set(each.candidates) | {config for config, _ in each.pruned}
+        assert tried == {*portable.search_space(each.problem, other), each.heuristic}
+
+
 def test_a_row_that_does_not_fit_is_passed_over():
     huge = portable.Config(128, 128, 8, 4)
     store.save(CARD, tables.header(CARD), [row(config=huge)])
@@ -132,7 +157,8 @@ def test_a_row_that_does_not_fit_is_passed_over():
 
 
 def test_rows_that_break_no_rule():
-    for given_row in (row(), row(s_q=64), row(rope=0), row(heads=1, causal=False)):
+    hopper = row(config=NARROW, impl="sm90")
+    for given_row in (row(), row(s_q=64), row(rope=0), row(heads=1, causal=False), hopper):
         assert validation.broken_rule(given_row, CARD) is None
         problem = validation.problem_of(given_row, CARD)
         assert portable.tuning_point(problem, CARD) == (given_row.point.key, 4, 4096)
@@ -155,6 +181,12 @@ def test_rows_that_break_no_rule():
         (row(qk=0), "key must be of a problem that portable takes: queries and keys must have "),
         (row(value_dim=96), "key must be of a problem that portable takes: v must have 16, 32, "),
         (row(config=portable.Config(24, 64, 4, 2)), "cannot be used: block_m must be one of "),
+        (row(impl="sm90"), "cannot be used: a config has the integers block_n, stages"),
+        (row(config=sm90.Config(32, 2), impl="sm90"), "cannot be used: block_n must be 64 or 128"),
+        (
+            row(config=NARROW, impl="sm90", qk=96),
+            "key must be of a problem that sm90 takes: it is written for 192 and 128 or ",
+        ),
         (row(config=portable.Config(128, 128, 8, 4)), "cannot be used: needs "),
     ],
 )
@@ -251,27 +283,28 @@ def test_points_of_prefill():
     }  # fmt: skip
     assert len(found) == 2 * len(sizes)
     for each in found:
-        assert each.heuristic == portable.heuristic(each.problem, CARD)
-        assert WIDE in each.candidates
+        assert each.implementation is sm90
+        assert each.heuristic == sm90.heuristic(each.problem, CARD)
+        assert NARROW in each.candidates
         assert {config for config, _ in each.pruned}.isdisjoint(each.candidates)
         tried = set(each.candidates) | {config for config, _ in each.pruned}
-        assert tried == {*portable.search_space(each.problem, CARD), each.heuristic}
+        assert tried == {*sm90.search_space(each.problem, CARD), each.heuristic}
     text = tuner.describe_point(found[0].point)
     assert text == (
-        "prefill portable 192 (64 shared), 128 bfloat16 full heads 16 s_q 128 batch 1 length 8192"
+        "prefill sm90 192 (64 shared), 128 bfloat16 full heads 16 s_q 128 batch 1 length 8192"
     )
     assert trials.bytes_of(found[0].problem) == 8192 * (16 * (128 + 128) + 64) * 2
 
 
 def test_points_that_were_tuned_are_passed_over():
     keys = [dict(KEY), dict(KEY) | {"causal": False}]
-    store.save(CARD, tables.header(CARD), [row(1, 512, **key) for key in keys])
+    store.save(CARD, tables.header(CARD), [row(1, 512, NARROW, "sm90", **key) for key in keys])
     configs.forget()
     one = PROMPTS | {"batches": [1], "lengths": [512]}
     work, skipped = tuner.list_work(device=CARD, **one)
     assert (len(work), skipped) == (1, 2)
     again, _ = tuner.list_work(device=CARD, again=True, **one)
-    assert [w.incumbent for w in again if w.point.op == "prefill"] == [WIDE, WIDE]
+    assert [w.incumbent for w in again if w.point.op == "prefill"] == [NARROW, NARROW]
 
 
 def test_more_sequences_than_tokens_have_no_point():
@@ -339,8 +372,9 @@ def test_every_kernel_of_every_call_is_warmed_up(label, data):
     form: PrefillProblem = data.draw(
         st.sampled_from(list(describe(**PROMPTS).prefills(batch, queries, keys)))
     )
-    config = configs.choose(portable, form, device).config
-    assert portable.variant(form, config, device) in WARMED[key]
+    implementation = select.choose_prefill(form, device).module
+    config = configs.choose(implementation, form, device).config
+    assert implementation.variant(form, config, device) in WARMED[key]
 
 
 WARMED: dict[tuple[str, str], set[Any]] = {}
@@ -348,9 +382,9 @@ WARMED: dict[tuple[str, str], set[Any]] = {}
 
 
 def test_a_tuned_row_is_warmed_up():
-    store.save(CARD, tables.header(CARD), [row(batch=2)])
+    store.save(CARD, tables.header(CARD), [row(batch=2, config=NARROW, impl="sm90")])
     configs.forget()
-    wanted = portable.variant(PLAIN, WIDE, CARD)
+    wanted = sm90.variant(PLAIN, NARROW, CARD)
     assert wanted in warm.variants(describe(**PROMPTS), CARD)
 
 

@@ -14,14 +14,21 @@ from mla_triton.configs.table import Items, Row, Scalar, Table
 from mla_triton.device import Device
 from mla_triton.kernels.common.tuning_key import MAX_S_Q_BUCKET
 from mla_triton.kernels.portable import decode_config as portable_config
-from mla_triton.kernels.portable import prefill_config
+from mla_triton.kernels.portable import prefill_config as portable_prefill_config
 from mla_triton.kernels.sm90 import decode_config as sm90_config
+from mla_triton.kernels.sm90 import prefill_config as sm90_prefill_config
 from mla_triton.problem import DecodeProblem, PrefillProblem, RowSteps
 
 Problem = DecodeProblem | PrefillProblem
 
 IMPLEMENTATIONS: dict[tuple[str, str], ModuleType] = {
-    (module.OP, module.NAME): module for module in (sm90_config, portable_config, prefill_config)
+    (module.OP, module.NAME): module
+    for module in (
+        sm90_config,
+        portable_config,
+        sm90_prefill_config,
+        portable_prefill_config,
+    )
 }
 """What a row can be of, by what needs no compiler."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}

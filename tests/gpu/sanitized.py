@@ -1,6 +1,6 @@
 """A script for compute-sanitizer: every kernel on small problems, judged on the CPU.
 
-    python sanitized.py WAY    one of portable, sm90-1, sm90-2, prefill-portable, prefill-sm90, merge
+    python sanitized.py WAY    portable, sm90-1, sm90-2, prefill-portable, prefill-sm90 or merge
 
 Memory comes straight from the driver (PYTORCH_NO_CUDA_MEMORY_CACHING=1), so that an access past the
 end of a tensor is one past the end of an allocation.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from mla_triton.device import KIB, Device
+from mla_triton.kernels.common.tuning_key import Items, prefill_key
 from mla_triton.plan import cdiv
 from mla_triton.problem import PrefillProblem
 
@@ -120,16 +121,18 @@ def heuristic(problem: PrefillProblem, device: Device) -> Config:
     return choose(problem, device)[0]
 
 
-def tuning_point(problem: PrefillProblem, device: Device, row_tile: int | None = None) -> None:
-    """What a problem is looked up by in tables of tuned rows: none has rows of prefill."""
+def tuning_point(
+    problem: PrefillProblem, device: Device, row_tile: int | None = None
+) -> tuple[Items, int, int]:
+    """(key, sequences, mean keys of one) that a problem is looked up by."""
+    batch = max(1, problem.batch)
+    return prefill_key(problem), batch, cdiv(problem.keys, batch)
 
 
 def search_space(problem: PrefillProblem, device: Device) -> Iterator[Config]:
-    """Every config worth timing."""
+    """Every config worth timing, valid or not; which are is for `is_valid` to say."""
     for block_n, stages in ((128, 2), (64, 2), (64, 3), (64, 4)):
-        config = Config(block_n, stages)
-        if is_valid(config, problem, device)[0]:
-            yield config
+        yield Config(block_n, stages)
 
 
 def tile_slots(problem: PrefillProblem) -> tuple[int, int]:
