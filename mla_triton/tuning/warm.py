@@ -33,7 +33,7 @@ from mla_triton.tuning.workers import Compiled, Job
 SIZES = (
     "FIRST", "REST", "VALUE", "HALF", "TAIL", "Q_NOPE", "K_NOPE", "PAGE_SIZE", "KV_TILE",
     "ROW_TILE", "BLOCK_M", "BLOCK_N", "BLOCKS", "BLOCK_B", "NOPE_STEP", "ROPE_STEP", "OUT_STEP",
-    "PIECES", "LEVELS", "OTHERS", "ROWS", "CHUNKS", "STAGES",
+    "PIECES", "LEVELS", "OTHERS", "ROWS", "CHUNKS", "SLOTS",
 )  # fmt: skip
 SWITCHES = ("FUSED", "CSR", "RAGGED", "CAUSAL", "GATHER", "FULL_TILES", "ALONE", "MASKED")
 """Constants that kernels of one deployment differ in."""
@@ -254,9 +254,7 @@ def name_of(variant: Variant) -> str:
     said += [name.lower() for name in SWITCHES if constants.get(name)]
     kinds = {kind.removeprefix("*") for _, kind in variant.types}
     said += [next(kind for kind in ("fp16", "bf16", "fp32", "i32") if kind in kinds)]
-    said.append(f"{variant.num_warps} warps")
-    if "STAGES" not in constants:
-        said.append(f"{variant.num_stages} stages")
+    said += [f"{variant.num_warps} warps", f"{variant.num_stages} stages"]
     return f"{variant.function.__name__}({', '.join(said)})"
 
 

@@ -107,7 +107,7 @@ def prefill_kernel(
     batch, queries, keys, heads, group, slots, slots_each, abreast, scale_log2,
     CHUNKS: gl.constexpr, Q_NOPE: gl.constexpr, K_NOPE: gl.constexpr, VALUE: gl.constexpr,
     CAUSAL: gl.constexpr, NEGATIVE_SCALE: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
+    SLOTS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = out.dtype.element_ty
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 3)
@@ -117,23 +117,23 @@ def prefill_kernel(
     )  # fmt: skip
     shared = _Shared(
         gl.allocate_shared_memory(dtype, [2 * CHUNKS, ROWS, 1, COLUMNS], LAYOUT),
-        gl.allocate_shared_memory(dtype, [STAGES * CHUNKS, BLOCK_N, 1, COLUMNS], LAYOUT),
-        gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, 1, VALUE], LAYOUT),
-        barriers(1, 1), barriers(STAGES, 1), barriers(STAGES, 2), barriers(1, 2),
+        gl.allocate_shared_memory(dtype, [SLOTS * CHUNKS, BLOCK_N, 1, COLUMNS], LAYOUT),
+        gl.allocate_shared_memory(dtype, [SLOTS, BLOCK_N, 1, VALUE], LAYOUT),
+        barriers(1, 1), barriers(SLOTS, 1), barriers(SLOTS, 2), barriers(1, 2),
     )  # fmt: skip
     gl.warp_specialize(
         [
             (_attend, (
                 work, shared, out, lse, scale_log2, out_stride_t, out_stride_h, lse_stride_t,
-                lse_stride_h, 0, CHUNKS, VALUE, STAGES, NEGATIVE_SCALE,
+                lse_stride_h, 0, CHUNKS, VALUE, SLOTS, NEGATIVE_SCALE,
             )),
             (_attend, (
                 work, shared, out, lse, scale_log2, out_stride_t, out_stride_h, lse_stride_t,
-                lse_stride_h, 1, CHUNKS, VALUE, STAGES, NEGATIVE_SCALE,
+                lse_stride_h, 1, CHUNKS, VALUE, SLOTS, NEGATIVE_SCALE,
             )),
             (_load_tile, (
                 work, shared, q_map, q_rope_map, k_map, k_rope_map, v_map, group,
-                CHUNKS, Q_NOPE, K_NOPE, VALUE, STAGES,
+                CHUNKS, Q_NOPE, K_NOPE, VALUE, SLOTS,
             )),
         ],
         [4, 1],
@@ -160,7 +160,7 @@ def variant(problem: PrefillProblem, config: Config, device: Device) -> Variant:
             ("CAUSAL", problem.causal),
             ("NEGATIVE_SCALE", problem.negative_scale),
             ("BLOCK_N", config.block_n),
-            ("STAGES", config.stages),
+            ("SLOTS", config.stages),
         ),
         ALIGNED,
         max_registers=REGISTERS_AT_LAUNCH,

@@ -167,7 +167,7 @@ def load_columns(
 def load_tile(
     work, shared, q_map, q_rope_map, k_map, k_rope_map, v_map, group,
     CHUNKS: gl.constexpr, Q_NOPE: gl.constexpr, K_NOPE: gl.constexpr, VALUE: gl.constexpr,
-    STAGES: gl.constexpr,
+    SLOTS: gl.constexpr,
 ):  # fmt: skip
     """The loader: the queries, and what they see, last keys first."""
     BLOCK_N: gl.constexpr = work.BLOCK_N
@@ -181,8 +181,8 @@ def load_tile(
         key_row = first_key + (blocks - 1) * BLOCK_N
         for step in range(blocks + 1):
             # Keys are a block ahead of values, as they are used.
-            turn = step // STAGES
-            slot = step - turn * STAGES
+            turn = step // SLOTS
+            slot = step - turn * SLOTS
             full = shared.full.index(slot)
             mbarrier.wait(shared.free.index(slot), (turn & 1) ^ 1)
             mbarrier.expect(full, KEY_BYTES, pred=step == 0)
@@ -282,7 +282,7 @@ def line_layout(columns):
 @gluon.jit
 def attend(
     work, shared, out, lse, scale_log2, out_stride_t, out_stride_h, lse_stride_t, lse_stride_h,
-    WHICH: gl.constexpr, CHUNKS: gl.constexpr, VALUE: gl.constexpr, STAGES: gl.constexpr,
+    WHICH: gl.constexpr, CHUNKS: gl.constexpr, VALUE: gl.constexpr, SLOTS: gl.constexpr,
     NEGATIVE_SCALE: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: 64 queries of the tile."""
@@ -350,10 +350,10 @@ def attend(
             )
             used = slot
             step += 1
-            slot = step % STAGES
+            slot = step % SLOTS
             # Here, not where it is used: ptxas moves nothing across this wait, but would have moved
             # all of the softmax behind the next one.
-            mbarrier.wait(shared.full.index(slot), (step // STAGES) & 1)
+            mbarrier.wait(shared.full.index(slot), (step // SLOTS) & 1)
             accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
             mbarrier.arrive(shared.free.index(used), count=1)
             accumulator = accumulator * gl.expand_dims(gl.convert_layout(rescale, OUT_BY_ROW), 1)
