@@ -34,8 +34,8 @@ import chunked_prefill as recipe
 PROTOCOL = (
     "bfloat16, N(0,1) data, pages of 64 scattered at random; a CUDA graph of calls, each on a "
     "cache of its own, 200 MB or more together, replayed; median of event-timed replays over the "
-    "calls; expanded is gather, product, prefill and merge for each part of the prefix and for the chunk "
-    "itself, absorbed is absorption, schedule, decode and projection"
+    "calls; expanded is gather, product, prefill and merge for each part of the prefix and for the "
+    "chunk itself, absorbed is absorption, schedule, decode and projection"
 )
 PAGE_SIZE = 64
 PART = 8192
