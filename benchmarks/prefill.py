@@ -4,9 +4,10 @@
     python benchmarks/prefill.py --cells 's8192-*' --output prefill.json
     python benchmarks/prefill.py --config 128 64 8 3
 
-Causal, queries and keys 192 columns wide, values 128, bfloat16. Ours reads the rotary keys as one
-tensor for all heads; a peer is given keys with a copy for each head, made outside of the timed
-calls. A shape whose result is not within the error budget of the float64 reference has no speed.
+Causal, queries and keys 192 columns wide, values 128 (`-d256`: both 256), bfloat16. Ours reads the
+rotary keys as one tensor for all heads; a peer is given keys with a copy for each head, made
+outside of the timed calls. The portable kernel is measured beside the one that is chosen. A shape
+whose result is not within the error budget of the float64 reference has no speed.
 """
 
 from __future__ import annotations
@@ -36,16 +37,14 @@ from mla_triton.kernels.portable.prefill_config import Config
 from mla_triton.ops import prefill as operation
 from mla_triton.testing import PrefillInputs, Report, compare, prefill_budget
 
-NOPE, ROPE, VALUE = 128, 64, 128
-QK = NOPE + ROPE
+ROPE = 64
 ELEMENT = 2
 """Bytes of a bfloat16."""
-SOFTMAX_SCALE = QK**-0.5
 PEERS = Path(__file__).parent / "prefill_peers_h200.json"
 PROTOCOL = (
-    "bfloat16, causal, qk 192 (64 of it one rotary key for all heads), v 128, N(0,1) data, scale "
-    "192**-0.5; a CUDA graph of calls, each on tensors of its own of 200 MB or more together, "
-    "replayed; median of event-timed replays over the calls"
+    "bfloat16, causal, qk 192 (64 of it one rotary key for all heads), v 128, or both 256 where a "
+    "cell says so, N(0,1) data, scale qk**-0.5; a CUDA graph of calls, each on tensors of its own "
+    "of 200 MB or more together, replayed; median of event-timed replays over the calls"
 )
 WINDOW = 64
 """Queries that are compared with the oracle in one place of a sequence."""
@@ -58,10 +57,22 @@ class Cell:
     length: int
     batch: int
     heads: int
+    qk: int = 192
+    value: int = 128
 
     @property
     def name(self) -> str:
-        return f"s{self.length}-b{self.batch}-h{self.heads}"
+        tail = "" if self.qk == Cell.qk else f"-d{self.qk}"
+        return f"s{self.length}-b{self.batch}-h{self.heads}{tail}"
+
+    @property
+    def nope(self) -> int:
+        return self.qk - ROPE
+
+    @property
+    def scale(self) -> float:
+        scale: float = self.qk**-0.5
+        return scale
 
     @property
     def tokens(self) -> int:
@@ -70,18 +81,19 @@ class Cell:
     @property
     def bytes(self) -> int:
         """Queries, keys, values and result once."""
-        return self.tokens * ELEMENT * (self.heads * (QK + NOPE + VALUE + VALUE) + ROPE)
+        return self.tokens * ELEMENT * (self.heads * (self.qk + self.nope + 2 * self.value) + ROPE)
 
     @property
     def flops(self) -> int:
         """What the mask hides is not counted, as in the peers' figures."""
-        return self.batch * self.heads * self.length**2 * (QK + VALUE)
+        return self.batch * self.heads * self.length**2 * (self.qk + self.value)
 
 
 CELLS = [
     *(Cell(length, 1, 16) for length in (2048, 8192, 16384)),
     *(Cell(length, 1, 128) for length in (2048, 8192)),
     Cell(8192, 4, 128),
+    Cell(8192, 1, 64, 256, 256),
 ]
 
 
@@ -91,13 +103,13 @@ class Inputs:
 
     cell: Cell
     q: torch.Tensor
-    """`[tokens, heads, 192]`"""
+    """`[tokens, heads, qk]`"""
     k_nope: torch.Tensor
-    """`[tokens, heads, 128]`"""
+    """`[tokens, heads, nope]`"""
     k_rope: torch.Tensor
     """`[tokens, 64]`"""
     v: torch.Tensor
-    """`[tokens, heads, 128]`"""
+    """`[tokens, heads, value]`"""
     offsets: torch.Tensor
     """int32 `[batch + 1]`"""
 
@@ -113,19 +125,21 @@ def make_inputs(cell: Cell, device: torch.device, seed: int = 0) -> list[Inputs]
     return [
         Inputs(
             cell,
-            normal(cell.tokens, cell.heads, QK),
-            normal(cell.tokens, cell.heads, NOPE),
+            normal(cell.tokens, cell.heads, cell.qk),
+            normal(cell.tokens, cell.heads, cell.nope),
             normal(cell.tokens, ROPE),
-            normal(cell.tokens, cell.heads, VALUE),
+            normal(cell.tokens, cell.heads, cell.value),
             offsets,
         )
         for _ in range(timing.cold_copies(cell.bytes))
     ]
 
 
-def our_calls(rotation: Sequence[Inputs]) -> list[Callable[[], AttentionState]]:
+def our_calls(
+    rotation: Sequence[Inputs], impl: str | None = None
+) -> list[Callable[[], AttentionState]]:
     cell, device = rotation[0].cell, rotation[0].q.device
-    out = torch.empty(cell.tokens, cell.heads, VALUE, dtype=torch.bfloat16, device=device)
+    out = torch.empty(cell.tokens, cell.heads, cell.value, dtype=torch.bfloat16, device=device)
     lse = torch.empty(cell.tokens, cell.heads, dtype=torch.float32, device=device)
 
     def call_on(inputs: Inputs) -> Callable[[], AttentionState]:
@@ -136,8 +150,9 @@ def our_calls(rotation: Sequence[Inputs]) -> list[Callable[[], AttentionState]]:
             k_rope=inputs.k_rope,
             cu_seqlens_q=inputs.offsets,
             cu_seqlens_k=inputs.offsets,
-            softmax_scale=SOFTMAX_SCALE,
+            softmax_scale=cell.scale,
             max_seqlen_q=cell.length,
+            impl=impl,
             out=out,
             lse=lse,
         )
@@ -159,7 +174,7 @@ def cudnn(rotation: Sequence[Inputs]) -> list[Callable[[], torch.Tensor]]:
         def call() -> torch.Tensor:
             with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
                 out = torch.nn.functional.scaled_dot_product_attention(
-                    q, k, v, is_causal=True, scale=SOFTMAX_SCALE
+                    q, k, v, is_causal=True, scale=cell.scale
                 )
             return out.transpose(1, 2)
 
@@ -168,7 +183,17 @@ def cudnn(rotation: Sequence[Inputs]) -> list[Callable[[], torch.Tensor]]:
     return [call_on(inputs) for inputs in rotation]
 
 
-BASELINES = {"cudnn": cudnn}
+def portable_calls(rotation: Sequence[Inputs]) -> list[Callable[[], torch.Tensor]]:
+    """The same call by the portable kernel."""
+    cell = rotation[0].cell
+
+    def call_on(call: Callable[[], AttentionState]) -> Callable[[], torch.Tensor]:
+        return lambda: call().out.unflatten(0, (cell.batch, cell.length))
+
+    return [call_on(call) for call in our_calls(rotation, "portable")]
+
+
+BASELINES = {"cudnn": cudnn, "portable": portable_calls}
 
 
 def sample(inputs: Inputs) -> tuple[torch.Tensor, list[int], PrefillInputs]:
@@ -199,7 +224,7 @@ def sample(inputs: Inputs) -> tuple[torch.Tensor, list[int], PrefillInputs]:
         v=inputs.v[key][:, heads],
         cu_seqlens_q=offsets([window] * len(rows)),
         cu_seqlens_k=offsets(counts),
-        softmax_scale=SOFTMAX_SCALE,
+        softmax_scale=cell.scale,
         k_rope=inputs.k_rope[key],
     )
     return row, heads, problem
@@ -218,10 +243,10 @@ def check_facts(report: Report) -> dict[str, Any]:
     return facts if report.ok else {"ok": False, "message": report.message}
 
 
-def measure(cell: Cell, device: torch.device) -> dict[str, Any]:
+def measure(cell: Cell, device: torch.device, impl: str | None) -> dict[str, Any]:
     """One row of the results."""
     rotation = make_inputs(cell, device)
-    calls = our_calls(rotation)
+    calls = our_calls(rotation, impl)
     row: dict[str, Any] = {"cell": cell.name, "check": check_facts(judge(rotation[0], *calls[0]()))}
     if row["check"]["ok"]:
         us = timing.microseconds(calls)
@@ -289,7 +314,7 @@ def table(results: dict[str, Any]) -> list[list[str]]:
         if not cell["check"]["ok"]:
             rows.append([cell["cell"], "check failed"] + [""] * (len(rows[0]) - 2))
             continue
-        here = [cell["baselines"][name].get("tflops") for name in BASELINES]
+        here = [cell["baselines"].get(name, {}).get("tflops") for name in BASELINES]
         there = [peers.get(cell["cell"], {}).get(name) for name in names]
         rows.append(
             [
@@ -309,7 +334,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--cells", nargs="+", default=[], metavar="PATTERN", help="such as 's8192-*'")
     made.add_argument(
         "--config", nargs=4, type=int, metavar=("BLOCK_M", "BLOCK_N", "WARPS", "STAGES"),
-        help="the portable kernel's config, instead of the heuristic's",
+        help="the portable kernel with this config, instead of the kernel that is chosen",
     )  # fmt: skip
     made.add_argument("--output", type=Path, help="write the results file here")
     made.add_argument("--list", action="store_true", help="print the cells and stop")
@@ -332,8 +357,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.output:
         # The figures are the same wherever a machine keeps its files.
         words = [word.replace(str(arguments.output), arguments.output.name) for word in words]
+    impl = "portable" if arguments.config else None
     with forced(Config(*arguments.config) if arguments.config else None):
-        results = run(chosen, shlex.join(["python", "benchmarks/prefill.py", *words]))
+        results = run(chosen, shlex.join(["python", "benchmarks/prefill.py", *words]), impl)
     if arguments.output:
         results_file.write(arguments.output, results)
     head = results["header"]
@@ -343,7 +369,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if all(cell["check"]["ok"] for cell in results["cells"]) else 1
 
 
-def run(chosen: Sequence[Cell], command: str) -> dict[str, Any]:
+def run(chosen: Sequence[Cell], command: str, impl: str | None) -> dict[str, Any]:
     """All chosen cells, each said on stderr as it is done."""
     device = torch.device("cuda", torch.cuda.current_device())
     results: dict[str, Any] = {
@@ -353,7 +379,7 @@ def run(chosen: Sequence[Cell], command: str) -> dict[str, Any]:
     }
     for cell in chosen:
         start = time.perf_counter()
-        row = measure(cell, device)
+        row = measure(cell, device, impl)
         results["cells"].append(row)
         said = f"{row['tflops']:.0f} TFLOP/s" if "us" in row else row["check"]["message"]
         print(f"{cell.name}: {said} ({time.perf_counter() - start:.1f} s)", file=sys.stderr)
