@@ -34,7 +34,7 @@ command_of() {
     check) echo "$python -m mla_triton check" ;;
     tests) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_decode_gpu.py" ;;
     prefill) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_prefill_gpu.py \
-        tests/gpu/test_chunked_prefill_gpu.py" ;;
+        tests/gpu/test_chunked_prefill_gpu.py tests/gpu/test_lengths_gpu.py" ;;
     merge) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_merge_gpu.py" ;;
     tuning) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_tuning_gpu.py" ;;
     sm8x) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_sm8x_code.py" ;;
@@ -60,7 +60,7 @@ limit_of() {
     info) echo "${!own:-60}" ;;
     check) echo "${!own:-180}" ;;
     tests) echo "${!own:-600}" ;;
-    prefill) echo "${!own:-600}" ;;
+    prefill) echo "${!own:-900}" ;;
     merge) echo "${!own:-300}" ;;
     tuning) echo "${!own:-300}" ;;
     sm8x) echo "${!own:-240}" ;;

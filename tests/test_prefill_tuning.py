@@ -28,6 +28,7 @@ from mla_triton.testing.compilation import DTYPES, LABELS
 from mla_triton.tuning import modelled, tuner, warm
 from mla_triton.tuning import prefill as trials
 from mla_triton.tuning.deployment import Deployment, describe
+from mla_triton.tuning.memory import Memory
 
 PLAIN = replace(prefill_compilation.problem(), batch=4, queries=4 * 1024, keys=4 * 4000)
 """Of 16 heads, 192 and 128 columns."""
@@ -354,6 +355,34 @@ def test_the_judge_looks_at_both_ends(causal, lens):
         tensors.out[wrong] += 1.0
         assert not judge().ok
         tensors.out[wrong] = kept
+
+
+@pytest.mark.skipif(not devices.interpreting(), reason="CPU tensors are not taken to the kernels")
+@pytest.mark.parametrize("q_nope", [48, 32])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_trial_calls_the_kernel_on_every_copy(monkeypatch, causal, q_nope):
+    """In the interpreter: what is timed on a GPU is computed, and held against the oracle."""
+    monkeypatch.setattr(trials.timing, "cold_copies", lambda size: 2)
+    problem = replace(
+        PLAIN, heads=4, kv_heads=2, qk_dim=48, q_nope=q_nope, k_nope=32, value_dim=16, batch=3,
+        queries=3 * 50, keys=3 * 70, causal=causal,
+    )  # fmt: skip
+    device = devices.current()
+    trial = trials.Trial(portable, problem, device, Memory(torch.device("cpu")))
+    config = portable.Config(32, 32, 4, 1)
+    report = trial.check(config)
+    assert report.ok, report.message
+    first, second = (trial.calls(config)[copy]() or trial._out.clone() for copy in (0, 1))
+    assert first.isfinite().all()
+    assert second.isfinite().all()
+    assert not torch.equal(first, second)
+
+    right = portable.launch
+    monkeypatch.setattr(
+        portable, "launch",
+        lambda *given: right(*given[:3], given[3]._replace(softmax_scale=1.0)),
+    )  # fmt: skip
+    assert not trial.check(config).ok
 
 
 # -- warm-up

@@ -9,7 +9,7 @@ class Memory:
     """One large tensor of N(0,1) values, of which every trial takes slices."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._values: torch.Tensor | None = None
 
     def take(self, dtype: torch.dtype, count: int) -> torch.Tensor:
@@ -19,8 +19,8 @@ class Memory:
             # Freed first: two of them may be more than the card has.
             self._values = held = None
             torch.cuda.empty_cache()
-            generator = torch.Generator(self._device).manual_seed(0)
-            self._values = torch.empty(count, dtype=dtype, device=self._device)
+            generator = torch.Generator(self.device).manual_seed(0)
+            self._values = torch.empty(count, dtype=dtype, device=self.device)
             self._values.normal_(generator=generator)
         assert self._values is not None
         return self._values[:count]

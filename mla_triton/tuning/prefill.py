@@ -53,7 +53,7 @@ def bytes_of(problem: PrefillProblem) -> int:
 
 
 class Trial:
-    """A problem with inputs on the current GPU, to be run by one config after another.
+    """A problem with inputs where the memory is, to be run by one config after another.
 
     Its sequences are all alike; keys and values are slices that the L2 cannot hold together.
     """
@@ -64,8 +64,7 @@ class Trial:
         self._implementation = implementation
         self._problem = problem
         self._device = device
-        self._index = torch.cuda.current_device()
-        where = torch.device("cuda", self._index)
+        where = memory.device
         generator = torch.Generator(where).manual_seed(1)
         rope, tokens = problem.qk_dim - problem.k_nope, problem.queries
 
@@ -115,7 +114,7 @@ class Trial:
         """The prefill with a config, once for each copy of keys and values."""
         implementation, problem = self._implementation, self._problem
         made = variant(implementation, problem, config, self._device)
-        kernel = Launcher(made, self._device, self._index)
+        kernel = Launcher(made, self._device, self._out.device.index)
 
         def call_on(tensors: PrefillTensors) -> Callable[[], None]:
             return lambda: implementation.launch(kernel, problem, config, tensors)

@@ -19,7 +19,8 @@ from mla_triton.configs import store
 from mla_triton.configs.table import items
 from mla_triton.kernels.portable import decode as portable
 from mla_triton.ops import decode as operation
-from mla_triton.testing import assert_within_budget, decode_inputs
+from mla_triton.ops import prefill as prefilling
+from mla_triton.testing import assert_within_budget, decode_inputs, prefill_inputs
 
 CHILD = Path(__file__).with_name("warmed.py")
 TIME_LIMIT = 300
@@ -33,10 +34,12 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
     monkeypatch.setenv("MLA_TRITON_CACHE_DIR", str(tmp_path / "rows"))
     configs.forget()
     operation.forget()
+    prefilling.forget()
     yield
     monkeypatch.undo()
     configs.forget()
     operation.forget()
+    prefilling.forget()
 
 
 def decode_and_judge(heads: int) -> None:
@@ -79,6 +82,29 @@ def test_a_tuned_row_is_found_and_right(own_cache, capsys, heads):
 
     again = mla_triton.tune(**POINT, heads=heads, quiet=True)
     assert (again.skipped, again.outcomes) == (1, [])
+
+
+def test_tuned_rows_of_prefill_are_found_and_right(own_cache):
+    """Causal and not; a config that is slower, wrong or spills is in none of them."""
+    device = devices.current()
+    prompts = {"model": "deepseek-v3", "tp": 8, "max_batch": 1, "prefill_tokens": 512, **POINT}
+    tuned = mla_triton.tune(quiet=True, **prompts)
+    assert tuned.failed == []
+    rows = [outcome.row for outcome in tuned.outcomes if outcome.work.point.op == "prefill"]
+    assert [dict(row.point.key)["causal"] for row in rows] == [False, True]
+    for outcome in tuned.outcomes:
+        choice = configs.choose(outcome.work.implementation, outcome.work.problem, device)
+        assert (choice.source, choice.row) == ("user", outcome.row)
+        assert not any(why.startswith("wrong: ") for _, why in outcome.refused), outcome.refused
+    for causal in (True, False):
+        for lens in ([512], [100, 0, 700]):
+            inputs = prefill_inputs(
+                q_lens=lens, heads=16, split_k=True, split_q=True, causal=causal, device="cuda"
+            )
+            arguments, options = inputs.call_arguments()
+            assert_within_budget(mla_triton.prefill(*arguments, **options), inputs)
+    again = mla_triton.tune(quiet=True, **prompts)
+    assert (again.skipped, again.outcomes) == (3, [])
 
 
 def test_a_wrong_config_is_refused_on_the_card(own_cache, monkeypatch):
