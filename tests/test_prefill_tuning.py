@@ -21,6 +21,7 @@ from mla_triton.configs.table import Point, Row, items
 from mla_triton.kernels.common.tensors import PrefillTensors
 from mla_triton.kernels.portable import prefill as portable
 from mla_triton.kernels.sm90 import prefill as sm90
+from mla_triton.ops import prefill as operation
 from mla_triton.problem import PrefillProblem
 from mla_triton.state import AttentionState
 from mla_triton.testing import PrefillInputs, prefill_compilation, prefill_inputs
@@ -143,6 +144,25 @@ def test_points_of_a_card_without_wgmma_are_portables():
     for each in found:
         tried = set(each.candidates) | {config for config, _ in each.pruned}
         assert tried == {*portable.search_space(each.problem, other), each.heuristic}
+
+
+def test_calls_of_other_sizes_have_rows_of_their_own():
+    """Equal problems may differ in batch and lengths, which rows do not."""
+    other = portable.Config(64, 32, 8, 2)
+    rows = [row(), row(batch=1), row(batch=1, length=512, config=other)]
+    store.save(CARD, tables.header(CARD), rows)
+    configs.forget()
+    operation.forget()
+    found = {}
+    for batch, keys in ((4, 16000), (1, 4000), (1, 512), (1, 300), (1, 513), (3, 900)):
+        problem = replace(PLAIN, batch=batch, keys=keys)
+        assert problem == PLAIN
+        found[batch, keys] = operation.prepare(portable, problem, CARD, None).config
+    operation.forget()
+    assert found == {
+        (4, 16000): WIDE, (1, 4000): WIDE, (1, 512): other, (1, 300): other, (1, 513): WIDE,
+        (3, 900): WIDE,
+    }  # fmt: skip
 
 
 def test_a_row_that_does_not_fit_is_passed_over():

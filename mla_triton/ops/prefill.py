@@ -16,6 +16,7 @@ from mla_triton.kernels.common.tensors import PrefillTensors
 from mla_triton.ops import recall
 from mla_triton.ops.library import LIBRARY
 from mla_triton.ops.plan import launcher
+from mla_triton.plan import cdiv
 from mla_triton.problem import PrefillProblem
 from mla_triton.state import AttentionState
 
@@ -111,7 +112,7 @@ RECALLED = recall.Memory(own=slice(9, 9), wide=(0, 1, 2, 3, 4, 7))
 
 def forget() -> None:
     """Lets the next call look its config up again."""
-    prepare.cache_clear()
+    prepare_sized.cache_clear()
     RECALLED.clear()
 
 
@@ -129,10 +130,25 @@ class Prepared(NamedTuple):
     kernel: Launcher
 
 
-@lru_cache(maxsize=4096)
 def prepare(
     implementation: ModuleType, problem: PrefillProblem, device: Device, index: int | None
 ) -> Prepared:
+    batch = max(1, problem.batch)
+    length = configs.length_bucket(cdiv(problem.keys, batch))
+    return prepare_sized(implementation, problem, device, index, batch, length)
+
+
+@lru_cache(maxsize=4096)
+def prepare_sized(
+    implementation: ModuleType,
+    problem: PrefillProblem,
+    device: Device,
+    index: int | None,
+    batch: int,
+    length: int,
+) -> Prepared:
+    """`batch` and `length`, the bucket of the mean keys, are what equal problems may differ in and
+    configs are looked up by."""
     config = configs.choose(implementation, problem, device).config
     return Prepared(
         config, launcher(implementation.variant(problem, config, device), device, index)
