@@ -18,10 +18,14 @@ import torch
 import triton
 
 import mla_triton
-from mla_triton.testing import assert_within_budget, decode_inputs
+from mla_triton.testing import assert_within_budget, decode_inputs, prefill_inputs
 from mla_triton.testing.problems import DecodeInputs
 
-DEPLOYMENT = {"heads": 16, "s_q": [1, 2], "page_size": 64, "max_batch": 40, "max_len": 4096}
+DEPLOYMENT = {
+    "heads": 16, "s_q": [1, 2], "page_size": 64, "max_batch": 40, "max_len": 4096,
+    "prefill_tokens": 4096,
+}  # fmt: skip
+PROMPTS = ([300], [3000, 7], [5, 40, 0, 1])
 KV_LENS = ([300], [4000], [100, 0], [1, 64, 65, 700, 2048], [30 * n for n in range(33)])
 
 
@@ -59,6 +63,19 @@ def decode(inputs: DecodeInputs, planned: bool = False) -> None:
     assert_within_budget(state, inputs)
 
 
+def prefill(lens: list[int], causal: bool, split_q: bool) -> None:
+    """A prefill, and the merge of what it leaves with itself."""
+    inputs = prefill_inputs(
+        q_lens=lens, heads=16, split_k=True, split_q=split_q, causal=causal, device="cuda"
+    )
+    arguments, options = inputs.call_arguments()
+    state = mla_triton.prefill(*arguments, **options)
+    torch.cuda.synchronize()
+    assert_within_budget(state, inputs)
+    twice = mla_triton.merge([state, state])
+    assert torch.equal(twice.out, state.out)
+
+
 def serve() -> dict[str, Any]:
     found: list[str] = []
     compiled: list[str] = []
@@ -81,6 +98,11 @@ def serve() -> dict[str, Any]:
                 for planned in (False, True):
                     decode(laid_out(inputs, how), planned)
                     calls += 1
+    for lens in PROMPTS:
+        for causal in (True, False):
+            for split_q in (True, False):
+                prefill(lens, causal, split_q)
+                calls += 1
     served = {"calls": calls, "found": list(found), "compiled": list(compiled), "built": built}
     triton.knobs.build.impl = None
     decode(decode_inputs(kv_lens=[300], page_size=16, heads=16, device="cuda"))
