@@ -36,9 +36,10 @@ What runs where, and what was seen. Three kinds of evidence, weakest first:
 * **executed**: the machine code ran on a card. `tests/gpu` does that where there is one, and on a
   Hopper card also runs the code made for 8.0, 8.6 and 8.9
   (see [below](#code-for-80-86-and-89-on-a-hopper-card)). Seen on an NVIDIA H200 with Triton 3.6.0
-  and PyTorch 2.11.0: all tests of `tests/gpu`, in float16, bfloat16 and float32, and
-  compute-sanitizer's memcheck and racecheck over every kernel without a finding; of
-  `mla_triton.prefill` and `mla_triton.merge` nothing yet. No other card has been tried.
+  and PyTorch 2.11.0: all tests of `tests/gpu`, in float16, bfloat16 and float32, but
+  `tests/gpu/test_lengths_gpu.py` and ten cases of `tests/gpu/test_chunked_prefill_gpu.py`, which
+  other tests at the same time left no memory for; and compute-sanitizer's memcheck and racecheck
+  over every kernel without a finding. No other card has been tried.
 
 | capability | cards | shared memory a program | matrix instructions | variants compiled |
 | --- | --- | --- | --- | --- |
@@ -69,9 +70,9 @@ its warps share out anew when they begin.
 PREFILL = """\
 ## Prefill
 
-The portable kernel of prefill, as it is chosen for long sequences and for short ones (64 query
-tokens on average, or fewer). Each line gives the worst of all forms of call; none of these has run
-on any card but where [prefill](prefill.md) says so.
+The kernels of prefill: the portable one, as it is chosen for long sequences and for short ones (64
+query tokens on average, or fewer), and that for Hopper, whose config has no `block_m`. Each line
+gives the worst of all forms of call. Those of 9.0 have run on an H200, and no others anywhere.
 
 | capability | qk, v | dtype | queries | config | shared memory | registers | spills | in the loop |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |

@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 import re
 from contextlib import redirect_stdout
+from importlib import import_module
 
 import pytest
 import torch
@@ -102,14 +103,13 @@ def test_keys_in_two_parts_are_copied_16_bytes_at_a_time():
 
 def remarks_on(case: Case) -> str:
     """What ptxas says of a case."""
-    from mla_triton.kernels.portable import prefill
-
+    prefill = import_module(f"mla_triton.kernels.{case.kernel}.prefill")
     device = devices.from_label(case.label)
     said = io.StringIO()
     with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), redirect_stdout(said):
         triton.knobs.nvidia.dump_ptxas_log = True
         triton.knobs.compilation.always_compile = True
-        prefill.compile(case.problem, prefill_config.heuristic(case.problem, device), device)
+        prefill.compile(case.problem, prefill.heuristic(case.problem, device), device)
     return said.getvalue()
 
 

@@ -99,7 +99,7 @@ def compiled() -> dict[tuple[str, Config], Seen]:
 
 def test_every_config_fits_an_sm_and_the_estimate(compiled):
     for (name, config), seen in compiled.items():
-        estimate = prefill_config.shared_memory(config, PROBLEMS[name])
+        estimate = prefill_config.shared_memory(config, PROBLEMS[name], CARD)
         assert seen.shared_memory <= estimate <= CARD.shared_memory, (name, config)
         assert seen.shared_memory > 0.95 * estimate, (name, config)
 

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from importlib import import_module
 from multiprocessing import get_context
 from typing import Any
 
@@ -225,10 +226,10 @@ def _compile_merge(case: Case, problem: MergeProblem, device: Device) -> Compile
 
 
 def _compile_prefill(case: Case, problem: PrefillProblem, device: Device) -> Compiled:
-    from mla_triton.kernels.portable import prefill, prefill_config
-
+    kernels = f"mla_triton.kernels.{case.kernel}"
+    prefill = import_module(f"{kernels}.prefill")
     config = prefill.heuristic(problem, device)
-    estimate = prefill_config.shared_memory(config, problem, device)
+    estimate = import_module(f"{kernels}.prefill_config").shared_memory(config, problem, device)
     compiled = prefill.compile(problem, config, device)
     return _made(case, device, config.block_m, str(config), estimate, compiled)
 

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import torch
 
+from mla_triton import device as devices
+from mla_triton.kernels.sm90 import prefill_config as sm90_config
 from mla_triton.problem import LARGEST_TILE, PrefillProblem
 from mla_triton.testing.compilation import DTYPES, LABELS, Case
 
@@ -35,10 +37,13 @@ def problem(
 
 
 def cases() -> Iterator[Case]:
-    """All cases: those of `forms` on every card."""
+    """All cases: those of `forms` on every card, and on Hopper by the kernel for it, too."""
     for label in LABELS:
+        device = devices.from_label(label)
         for form in forms():
             yield Case(label, "portable", form)
+            if sm90_config.why_not(form, device) is None:
+                yield Case(label, "sm90", form)
 
 
 def forms() -> Iterator[PrefillProblem]:

@@ -40,8 +40,13 @@ class Config:
     stages: int
     """Blocks of keys, and of values, that are in shared memory at once."""
 
+    @property
+    def block_m(self) -> int:
+        """Queries of a tile, which cannot be chosen."""
+        return BLOCK_M
 
-def shared_memory(config: Config, problem: PrefillProblem) -> int:
+
+def shared_memory(config: Config, problem: PrefillProblem, device: Device) -> int:
     """Bytes of shared memory a program takes: an upper estimate."""
     block = config.block_n * (problem.qk_dim + problem.value_dim)
     elements = BLOCK_M * problem.qk_dim + config.stages * block
@@ -93,7 +98,7 @@ def is_valid(
     if problem.value_dim > 128 and config.block_n > 64:
         rule = f"registers hold 64 keys beside {problem.value_dim} columns of values"
         return False, f"{rule}, got blocks of {config.block_n}"
-    needed = shared_memory(config, problem)
+    needed = shared_memory(config, problem, device)
     if needed > device.shared_memory:
         return (
             False,
