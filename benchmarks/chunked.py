@@ -1,7 +1,7 @@
 """When to expand a cached prefix and when to absorb: a chunk of one prompt, both ways, on this GPU.
 
     python benchmarks/chunked.py
-    python benchmarks/chunked.py --output benchmarks/results/chunked_h200.json
+    python benchmarks/chunked.py --output benchmarks/results/chunked/h200.json
 
 A chunk attends to itself and to a prefix in the paged latent cache. Expanded: the latents are
 gathered, multiplied out, prefilled over without a mask, part by part, and merged. Absorbed: queries

@@ -1,7 +1,7 @@
 """Merge speed on this machine's GPU, beside the bandwidth of a copy measured in the same run.
 
     python benchmarks/merge.py
-    python benchmarks/merge.py --output benchmarks/results/merge_h200.json
+    python benchmarks/merge.py --output benchmarks/results/merge/h200.json
 
 Calls are captured in a CUDA graph, each on states of its own, together larger than any L2 cache. A
 shape whose result is not within the error budget of the float64 reference has no speed. The target

@@ -196,3 +196,27 @@ def test_where_expanding_becomes_faster():
         "4 heads, prefix 200: to expand is not faster at any chunk that was measured",
         "4 heads, prefix 300: to expand is faster from a chunk of 1..16 on",
     ]
+
+
+# -- what the docs say
+
+
+def recorded_cells(operation: str) -> list[dict[str, Any]]:
+    return json.loads((BENCHMARKS / "results" / operation / "h200.json").read_text())["cells"]
+
+
+def test_figures_of_the_docs_are_those_of_the_results():
+    docs = BENCHMARKS.parent / "docs"
+    text = (docs / "prefill.md").read_text(encoding="utf-8")
+    for row in recorded_cells("prefill"):
+        portable_speed, cudnn = (row["baselines"][n]["tflops"] for n in ("portable", "cudnn"))
+        figures = f"| {row['tflops']:.0f} | {portable_speed:.0f} | {cudnn:.0f} |"
+        assert f"| {row['cell']} {figures}" in text
+    for row in recorded_cells("chunked"):
+        if row["chunk"] in (16, 64, 128, 192, 256, 512, 2048):
+            assert f"| {row['expanded']['us']:.0f} / {row['absorbed']['us']:.0f} |" in text
+    merges = (docs / "merge.md").read_text(encoding="utf-8")
+    by_name = {row["cell"]: row for row in recorded_cells("merge")}
+    for name in ("t8192-h128-d512-n2-bfloat16", "t2048-h128-d512-n16-stack-bfloat16"):
+        row = by_name[name]
+        assert f"| {row['us']:.1f} | {row['gbps']:.0f} | {100 * row['of_copy']:.0f} % |" in merges
