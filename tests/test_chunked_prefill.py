@@ -184,7 +184,7 @@ def test_blocks_of_a_problem_are_the_problem(causal, table):
 def test_hundreds_of_query_tokens_a_request(causal, dtype):
     """A chunk behind a prefix, a prompt by itself, more queries than keys, and none."""
     inputs = decode_inputs(
-        kv_lens=[300, 130, 90, 30, 0], q_lens=[130, 130, 0, 70, 9], heads=8, latent=64, rope=16,
+        kv_lens=[300, 130, 90, 30, 0], q_lens=[130, 130, 0, 70, 9], heads=4, latent=64, rope=16,
         dtype=dtype, causal=causal, page_size=16,
     )  # fmt: skip
     buffers = inputs.output_buffers()

@@ -51,16 +51,6 @@ def assert_equal(one: AttentionState, other: AttentionState) -> None:
     assert torch.equal(one.lse, other.lse)
 
 
-def merge(states: list[AttentionState]) -> AttentionState:
-    """States over disjoint keys, merged in plain PyTorch."""
-    lse = torch.stack([state.lse for state in states])
-    total = lse.logsumexp(0)
-    base = torch.where(total == -torch.inf, 0.0, total)
-    weights = torch.exp(lse - base)[..., None]
-    out = sum(weight * state.out for weight, state in zip(weights, states, strict=True))
-    return AttentionState(out, total)
-
-
 # -- right, on every kind of data
 
 
@@ -263,11 +253,12 @@ def test_chunks_merge_into_the_whole(keys, queries, cuts, seed):
         )
         for first, end in chunks
     ]  # fmt: skip
-    testing.assert_within_budget(merge(states), inputs)
+    whole = mla_triton.merge(states) if len(states) > 1 else states[0]
+    testing.assert_within_budget(whole, inputs)
 
 
-@given(queries=st.integers(1, 40), keys=st.integers(0, 70), seed=st.integers(0, 2**16))
-@settings(max_examples=15)
+@given(queries=st.integers(1, 24), keys=st.integers(0, 70), seed=st.integers(0, 2**16))
+@settings(max_examples=10)
 def test_causal_is_truncated_keys(queries, keys, seed):
     """Every query as a sequence of its own, over the keys that it sees."""
     inputs = prefill_inputs(

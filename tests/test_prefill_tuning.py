@@ -385,7 +385,7 @@ def test_a_trial_calls_the_kernel_on_every_copy(monkeypatch, causal, q_nope):
     monkeypatch.setattr(trials.timing, "cold_copies", lambda size: 2)
     problem = replace(
         PLAIN, heads=4, kv_heads=2, qk_dim=48, q_nope=q_nope, k_nope=32, value_dim=16, batch=3,
-        queries=3 * 50, keys=3 * 70, causal=causal,
+        queries=3 * 20, keys=3 * 30, causal=causal,
     )  # fmt: skip
     device = devices.current()
     trial = trials.Trial(portable, problem, device, Memory(torch.device("cpu")))
