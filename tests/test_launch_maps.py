@@ -131,7 +131,7 @@ def by_name(launcher: Launcher, launch: tuple, of_a_map: int) -> dict[str, Any]:
 def test_maps_and_numbers_reach_the_kernel(monkeypatch, maker):
     compiled = use(monkeypatch, CompiledWithMaps(), "3.6.0")
     launcher, given = hopper_launcher(), tensors()
-    assert (launcher.pointers, launcher.maps) == (11, 2)
+    assert (launcher.pointers, launcher.maps) == (13, 2)
     call(launcher, given)
     (launch,) = compiled.launches
     assert launch[:BEFORE_ARGUMENTS] == HEAD
@@ -139,6 +139,7 @@ def test_maps_and_numbers_reach_the_kernel(monkeypatch, maker):
     assert got["q_nope"] == given.q_nope.data_ptr()
     assert got["indptr"] is None
     assert got["lse"] == given.lse.data_ptr()
+    assert (got["ckv"], got["kpe"]) == (given.ckv.data_ptr(), None)
     rows = PAGES * 64
     assert got["half_map"] == ["map 1 of latents", rows, 512, 576, 1]
     assert got["rope_map"] == ["map 2 of rope", rows, 576, 576, 1]
