@@ -8,16 +8,24 @@ import torch
 
 
 class LatentCache(NamedTuple):
-    """A latent cache held as two tensors: the compressed latents and their rotary keys.
+    """A latent cache held as two tensors, the compressed latents and their rotary keys, or one that
+    is quantised, with its scales.
 
-    A cache in one tensor `[pages, page_size, latent + rope]` needs no `LatentCache`: it is passed
-    as it is.
+    A cache in one 16-bit or float32 tensor `[pages, page_size, latent + rope]` needs no
+    `LatentCache`: it is passed as it is.
     """
 
     ckv: torch.Tensor
-    """`[pages, page_size, latent]`; any stride but the last, which must be 1."""
+    """`[pages, page_size, latent]`, or `[pages, page_size, latent + rope]` without `kpe`; any
+    stride but the last, which must be 1. The queries' dtype, or float8_e4m3fn with `scales`."""
     kpe: torch.Tensor | None = None
-    """`[pages, page_size, rope]` likewise, or None where the model has no separate rotary key."""
+    """`[pages, page_size, rope]` likewise, or None where the rotary key stands behind the latent or
+    the model has none. Beside a quantised `ckv`, float8_e4m3fn with one scale for all tokens, or
+    bfloat16 where a scale is of a group of columns."""
+    scales: torch.Tensor | None = None
+    """What e4m3 numbers are multiplied by: float32 `[2]`, one for all latents and one for all
+    rotary keys; or `[pages, page_size, groups]`, one for each group of `latent / groups` columns of
+    a token's latent, float32 or float8_e8m0fnu (a power of two)."""
 
 
 class CSRPageTable(NamedTuple):
