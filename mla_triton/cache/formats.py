@@ -16,7 +16,6 @@ import torch
 from mla_triton.cache.pages import LatentCache
 
 E4M3 = torch.float8_e4m3fn
-E8M0 = torch.float8_e8m0fnu
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class CacheFormat:
     group: int
     """Columns of a latent that share a scale."""
     scale_dtype: torch.dtype
-    """float32, or e8m0: the exponent of a power of two, biased by 127."""
+    """float32; or uint8, an e8m0 number: the exponent of a power of two, biased by 127."""
     scale_bytes: int
     """Bytes that a token's scales take, padding included."""
     scales_behind: bool = False
@@ -98,9 +97,9 @@ class CacheFormat:
 
 FP8_DS_MLA = CacheFormat("fp8_ds_mla", 512, 64, 128, torch.float32, 16)
 """DeepSeek-V3.2 (FlashMLA, vLLM): 656 bytes a token: 512 e4m3, 4 float32 scales, 64 bfloat16."""
-FP8_V4 = CacheFormat("fp8_v4", 448, 64, 64, E8M0, 8, scales_behind=True, page_multiple=576)
+FP8_V4 = CacheFormat("fp8_v4", 448, 64, 64, torch.uint8, 8, scales_behind=True, page_multiple=576)
 """DeepSeek-V4: 584 bytes a token: 448 e4m3 and 64 bfloat16, and behind those of the whole page for
 each token 7 e8m0 scales and a byte of padding; a page takes a multiple of 576 bytes."""
-FP8_V41 = CacheFormat("fp8_v41", 512, 0, 32, E8M0, 16)
+FP8_V41 = CacheFormat("fp8_v41", 512, 0, 32, torch.uint8, 16)
 """528 bytes a token: 512 e4m3, the rotary part inside, and 16 e8m0 scales."""
 PACKED_FORMATS = (FP8_DS_MLA, FP8_V4, FP8_V41)

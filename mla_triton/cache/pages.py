@@ -25,7 +25,7 @@ class LatentCache(NamedTuple):
     scales: torch.Tensor | None = None
     """What e4m3 numbers are multiplied by: float32 `[2]`, one for all latents and one for all
     rotary keys; or `[pages, page_size, groups]`, one for each group of `latent / groups` columns of
-    a token's latent, float32 or float8_e8m0fnu (a power of two)."""
+    a token's latent, float32 or uint8 (e8m0: the exponent of a power of two, biased by 127)."""
 
 
 class CSRPageTable(NamedTuple):
