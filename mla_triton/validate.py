@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from mla_triton.cache import CSRPageTable, LatentCache
-from mla_triton.problem import USUAL_PAGE, DecodeProblem, RowSteps
+from mla_triton.problem import DecodeProblem, RowSteps
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INT32_MAX = 2**31 - 1
@@ -257,7 +257,7 @@ def decode_problem(call: DecodeCall) -> DecodeProblem:
     heads, latent, rope, value = _check_queries(q_nope, q_rope, cu_seqlens_q, call.value_dim)
     _check_cache(cache_name, ckv, kpe, latent, rope, value)
 
-    batch = _check_lengths(kv_lens, cu_seqlens_q)
+    batch = check_lengths(kv_lens, cu_seqlens_q)
     lead = q_nope.shape[:-2]
     if cu_seqlens_q is None and lead[0] != batch:
         fail(ValueError, "kv_lens", f"have q_nope's batch of {lead[0]}", f"{batch} entries")
@@ -401,7 +401,7 @@ def _check_cache(
             fail(ValueError, "cache.kpe", rule, shape(kpe))
 
 
-def _check_lengths(kv_lens: Layout, cu_seqlens_q: Layout | None) -> int:
+def check_lengths(kv_lens: Layout, cu_seqlens_q: Layout | None) -> int:
     """The batch."""
     if not is_list(kv_lens):
         fail(ValueError, "kv_lens", "be contiguous [batch]", kv_lens)
@@ -490,99 +490,3 @@ def _page_slots(ckv: Layout, kpe: Layout | None) -> int:
 
 def shape(tensor: Layout) -> str:
     return f"shape {tuple(tensor.shape)}"
-
-
-# -- plan
-
-
-def plan(
-    kv_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
-    *,
-    heads: int,
-    latent: int,
-    rope: int,
-    dtype: torch.dtype,
-    s_q: int,
-    queries: int | None,
-    value_dim: int | None,
-    max_kv_len: int | None,
-    parts: int | None,
-    impl: str | None,
-) -> DecodeProblem:
-    """Checks one call of plan. Page size, strides and causality, which a plan leaves open, are
-    those of an ordinary call."""
-    plan_lengths(kv_lens, cu_seqlens_q)
-    check_impl(impl)
-    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
-        fail(TypeError, "dtype", "be float16, bfloat16 or float32", dtype)
-    heads, latent, rope, s_q = (
-        _size(name, size, least)
-        for name, size, least in (
-            ("heads", heads, 1),
-            ("latent", latent, 1),
-            ("rope", rope, 0),
-            ("s_q", s_q, 1),
-        )
-    )
-    queries, value_dim, max_kv_len, parts = (
-        None if size is None else _size(name, size, least)
-        for name, size, least in (
-            ("queries", queries, 0),
-            ("value_dim", value_dim, 1),
-            ("max_kv_len", max_kv_len, 0),
-            ("parts", parts, 1),
-        )
-    )
-    if parts is not None and parts > MAX_PARTS:
-        fail(ValueError, "parts", f"be at most {MAX_PARTS}", parts)
-    if (queries is None) != (cu_seqlens_q is None):
-        fail(ValueError, "queries", "be given if, and only if, cu_seqlens_q is", queries)
-    if cu_seqlens_q is not None and s_q != 1:
-        fail(ValueError, "s_q", "be left out where cu_seqlens_q is given", s_q)
-    value = check_value_dim(value_dim, latent, rope)
-    batch = kv_lens.shape[0]
-    if queries is None:
-        queries = batch * s_q
-    check_rows("heads", queries, heads)
-    return DecodeProblem(
-        dtype=dtype,
-        batch=batch,
-        s_q=s_q if cu_seqlens_q is None else None,
-        queries=queries,
-        heads=heads,
-        latent=latent,
-        rope=rope,
-        value_dim=value,
-        page_size=USUAL_PAGE,
-        csr=False,
-        causal=False,
-        fused=True,
-        ckv_stride_slot=latent + rope,
-        kpe_stride_slot=0,
-        page_slots=USUAL_PAGE,
-        max_kv_len=INT32_MAX if max_kv_len is None else min(max_kv_len, INT32_MAX),
-    )
-
-
-def _size(argument: str, value: Any, least: int) -> int:
-    size = integer(argument, value)
-    check_least(argument, size, least)
-    return size
-
-
-def plan_lengths(kv_lens: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> None:
-    """Checks the tensors that a schedule is made of."""
-    check_tensor("kv_lens", kv_lens)
-    if kv_lens.dtype != torch.int32:
-        fail(TypeError, "kv_lens", "be int32", kv_lens.dtype)
-    if cu_seqlens_q is None:
-        _check_lengths(Layout(*facts(kv_lens)), None)
-        return
-    check_tensor("cu_seqlens_q", cu_seqlens_q)
-    if cu_seqlens_q.dtype != torch.int32:
-        fail(TypeError, "cu_seqlens_q", "be int32", cu_seqlens_q.dtype)
-    if cu_seqlens_q.device != kv_lens.device:
-        rule = f"be on kv_lens's device {kv_lens.device}"
-        fail(ValueError, "cu_seqlens_q", rule, cu_seqlens_q.device)
-    _check_lengths(Layout(*facts(kv_lens)), Layout(*facts(cu_seqlens_q)))

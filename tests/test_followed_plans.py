@@ -10,7 +10,7 @@ import torch
 
 import mla_triton
 from mla_triton import device as devices
-from mla_triton import testing, validate
+from mla_triton import testing, validate, validate_plan
 from mla_triton.kernels.portable import decode as portable
 from mla_triton.kernels.portable import decode_config
 from mla_triton.kernels.portable.decode_config import Config
@@ -150,7 +150,7 @@ def test_a_problem_as_planned_is_what_a_plan_is_made_for(recipe):
         buffers["out"], buffers["lse"], softmax_scale=1.0, causal=inputs.causal,
         value_dim=inputs.value_dim, max_kv_len=None, allow_tf32=False,
     )  # fmt: skip
-    planned = validate.plan(
+    planned = validate_plan.plan(
         inputs.kv_lens, inputs.cu_seqlens_q, heads=q_nope.shape[-2], latent=q_nope.shape[-1],
         rope=0 if q_rope is None else q_rope.shape[-1], dtype=q_nope.dtype,
         s_q=1 if ragged else q_nope.shape[1], queries=q_nope.shape[0] if ragged else None,

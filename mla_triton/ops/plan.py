@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 
 from mla_triton import device as devices
-from mla_triton import select, validate
+from mla_triton import select, validate, validate_plan
 from mla_triton.device import Device
 from mla_triton.kernels.common import schedule as schedules
 from mla_triton.kernels.common.launch import Launcher, Recording, Variant
@@ -47,7 +47,7 @@ class Plan:
 
         Raises ValueError where the batch, or raggedness, is not the plan's.
         """
-        validate.plan_lengths(kv_lens, cu_seqlens_q)
+        validate_plan.plan_lengths(kv_lens, cu_seqlens_q)
         if kv_lens.shape[0] != self.problem.batch:
             rule = f"have the plan's batch of {self.problem.batch}"
             validate.fail(ValueError, "kv_lens", rule, f"{kv_lens.shape[0]} entries")
@@ -97,7 +97,7 @@ def plan(
             value.
         NotImplementedError: no implementation, or not `impl`, can take the problem; says why.
     """
-    problem = validate.plan(
+    problem = validate_plan.plan(
         kv_lens, cu_seqlens_q, heads=heads, latent=latent, rope=rope, dtype=dtype, s_q=s_q,
         queries=queries, value_dim=value_dim, max_kv_len=max_kv_len, parts=parts, impl=impl,
     )  # fmt: skip
