@@ -37,6 +37,7 @@ def check_decode(
     q_rope: torch.Tensor | None,
     ckv: torch.Tensor,
     kpe: torch.Tensor | None,
+    scales: torch.Tensor | None,
     pages: torch.Tensor,
     indptr: torch.Tensor | None,
     kv_lens: torch.Tensor,
@@ -52,14 +53,15 @@ def check_decode(
     check_inputs(
         q_nope,
         q_rope,
-        ckv if kpe is None else LatentCache(ckv, kpe),
+        ckv if kpe is None and scales is None else LatentCache(ckv, kpe, scales),
         pages if indptr is None else CSRPageTable(indptr, pages),
         kv_lens,
         cu_seqlens_q=cu_seqlens_q,
         max_kv_len=max_kv_len,
     )
-    cache_name = "cache" if kpe is None else "cache.ckv"
+    cache_name = "cache" if kpe is None and scales is None else "cache.ckv"
     read = {"q_nope": q_nope, "q_rope": q_rope, cache_name: ckv, "cache.kpe": kpe}
+    read["cache.scales"] = scales
     _check_apart(out, lse, read)
 
 

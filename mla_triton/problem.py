@@ -29,6 +29,27 @@ USUAL_PAGE = 64
 """Slots of a page of the cache that a plan, which knows none, is made for."""
 
 
+class Storage(NamedTuple):
+    """How a quantised cache holds keys: latents as e4m3 numbers to be multiplied by scales."""
+
+    rope: torch.dtype | None
+    """Of rotary keys in a tensor of their own; None where they stand behind the latents."""
+    group: int
+    """Columns of a latent that share a scale; 0 where one is for all latents and one for all rotary
+    keys."""
+    scale: torch.dtype
+    """float32, or uint8: the exponent of a power of two."""
+    scales_stride_slot: int
+    """Scales from one token's to the next one's in a page."""
+
+    @property
+    def name(self) -> str:
+        """As keys of tuned configs have it."""
+        if not self.group:
+            return "fp8"
+        return f"fp8-{self.group}-{'e8m0' if self.scale == torch.uint8 else 'float32'}"
+
+
 @dataclass(frozen=True)
 class DecodeProblem:
     """Absorbed attention of `queries` query tokens over a paged latent cache."""
@@ -60,6 +81,8 @@ class DecodeProblem:
     """Whether every address the kernels compute is a multiple of 16 bytes."""
     allow_tf32: bool = False
     row_steps: RowSteps = UNEVEN
+    storage: Storage | None = None
+    """How the cache is quantised; None where it has the queries' dtype."""
     page_slots: int = 0
     """Token slots from the begin of one page to that of the next, where all pages are one row of
     slots, and the same one for latents and rotary keys; else 0."""
@@ -79,6 +102,7 @@ class DecodeProblem:
             aligned=True,
             allow_tf32=False,
             row_steps=UNEVEN,
+            storage=None,
             page_slots=USUAL_PAGE,
         )
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from mla_triton.cache import CSRPageTable, LatentCache
-from mla_triton.problem import DecodeProblem, RowSteps
+from mla_triton.problem import DecodeProblem, RowSteps, Storage
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INT32_MAX = 2**31 - 1
@@ -75,16 +75,19 @@ def number(argument: str, value: Any) -> float:
     return value
 
 
-def unpack_cache(cache: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(latents, or latents and rotary keys in one; rotary keys of their own or None)."""
+def unpack_cache(cache: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """(latents, or latents and rotary keys in one; rotary keys of their own or None; scales or
+    None)."""
     if isinstance(cache, torch.Tensor):
-        return cache, None
+        return cache, None, None
     if not isinstance(cache, LatentCache):
         fail(TypeError, "cache", "be a torch.Tensor or a LatentCache", type(cache).__name__)
     check_tensor("cache.ckv", cache.ckv)
     if cache.kpe is not None:
         check_tensor("cache.kpe", cache.kpe)
-    return cache.ckv, cache.kpe
+    if cache.scales is not None:
+        check_tensor("cache.scales", cache.scales)
+    return cache
 
 
 def unpack_page_table(page_table: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -153,6 +156,7 @@ class DecodeCall(NamedTuple):
     q_rope: Facts | None
     ckv: Facts
     kpe: Facts | None
+    scales: Facts | None
     pages: Facts
     indptr: Facts | None
     kv_lens: Facts
@@ -175,6 +179,7 @@ def decode(
     q_rope: torch.Tensor | None,
     ckv: torch.Tensor,
     kpe: torch.Tensor | None,
+    scales: torch.Tensor | None,
     pages: torch.Tensor,
     indptr: torch.Tensor | None,
     kv_lens: torch.Tensor,
@@ -195,7 +200,7 @@ def decode(
     sizes may be symbolic.
     """
     if torch.is_grad_enabled():
-        cache = "cache" if kpe is None else "cache.ckv"
+        cache = "cache" if kpe is None and scales is None else "cache.ckv"
         values = {"q_nope": q_nope, "q_rope": q_rope, cache: ckv, "cache.kpe": kpe, "out": out}
         check_no_grad(values)
     number("softmax_scale", softmax_scale)
@@ -211,6 +216,7 @@ def decode(
         None if q_rope is None else facts(q_rope),
         facts(ckv),
         None if kpe is None else facts(kpe),
+        None if scales is None else facts(scales),
         facts(pages),
         None if indptr is None else facts(indptr),
         facts(kv_lens),
@@ -240,11 +246,11 @@ def decode_problem(call: DecodeCall) -> DecodeProblem:
         Layout(*known)
         for known in (call.q_nope, call.ckv, call.pages, call.kv_lens, call.out, call.lse)
     )
-    q_rope, kpe, indptr, cu_seqlens_q = (
+    q_rope, kpe, scales, indptr, cu_seqlens_q = (
         None if known is None else Layout(*known)
-        for known in (call.q_rope, call.kpe, call.indptr, call.cu_seqlens_q)
+        for known in (call.q_rope, call.kpe, call.scales, call.indptr, call.cu_seqlens_q)
     )
-    cache_name = "cache" if kpe is None else "cache.ckv"
+    cache_name = "cache" if kpe is None and scales is None else "cache.ckv"
     table_name = "page_table" if indptr is None else "page_table.indices"
     values = {"q_nope": q_nope, "q_rope": q_rope, cache_name: ckv, "cache.kpe": kpe, "out": out}
     integers = {
@@ -253,9 +259,10 @@ def decode_problem(call: DecodeCall) -> DecodeProblem:
         "kv_lens": kv_lens,
         "cu_seqlens_q": cu_seqlens_q,
     }
-    _check_dtypes_and_devices(values, integers, lse)
+    _check_dtypes_and_devices(values, integers, {"lse": lse, "cache.scales": scales}, cache_name)
     heads, latent, rope, value = _check_queries(q_nope, q_rope, cu_seqlens_q, call.value_dim)
-    _check_cache(cache_name, ckv, kpe, latent, rope, value)
+    _check_cache(cache_name, ckv, kpe, scales, latent, rope, value)
+    storage = None if scales is None else _check_scales(q_nope, ckv, kpe, scales, value)
 
     batch = check_lengths(kv_lens, cu_seqlens_q)
     lead = q_nope.shape[:-2]
@@ -294,7 +301,7 @@ def decode_problem(call: DecodeCall) -> DecodeProblem:
         fused=kpe is None,
         ckv_stride_slot=ckv.strides[1],
         kpe_stride_slot=0 if kpe is None else kpe.strides[1],
-        aligned=call.aligned and all(rows_aligned(t) for t in values.values() if t is not None),
+        aligned=call.aligned and _all_aligned(values, storage is not None),
         allow_tf32=call.allow_tf32 and q_nope.dtype == torch.float32,
         row_steps=RowSteps(
             q_nope=_row_step(q_nope, 1, lead[-1], heads),
@@ -302,6 +309,7 @@ def decode_problem(call: DecodeCall) -> DecodeProblem:
             out=_row_step(out, 1, lead[-1], heads),
             lse=_row_step(lse, 0, lead[-1], heads),
         ),
+        storage=storage,
         page_slots=_page_slots(ckv, kpe),
         max_kv_len=INT32_MAX if exceeds_int32(capacity) else capacity,
         num_pages=INT32_MAX if exceeds_int32(num_pages) else num_pages,
@@ -313,21 +321,31 @@ known_problem = lru_cache(maxsize=4096)(decode_problem)
 
 
 def _check_dtypes_and_devices(
-    values: dict[str, Layout | None], integers: dict[str, Layout | None], lse: Layout
+    values: dict[str, Layout | None],
+    integers: dict[str, Layout | None],
+    others: dict[str, Layout | None],
+    cache_name: str,
 ) -> None:
+    """`others` are lse and the scales of a quantised cache, whose parts have rules of their own."""
     q_nope = values["q_nope"]
     assert q_nope is not None
     if q_nope.dtype not in DTYPES:
         fail(TypeError, "q_nope", "be float16, bfloat16 or float32", q_nope.dtype)
+    is_quantised = others["cache.scales"] is not None
     for name, tensor in values.items():
-        if tensor is not None and tensor.dtype != q_nope.dtype:
+        if tensor is None or (is_quantised and name in (cache_name, "cache.kpe")):
+            continue
+        if name == cache_name and tensor.dtype == torch.float8_e4m3fn:
+            fail(TypeError, name, "be in a LatentCache with scales", tensor.dtype)
+        if tensor.dtype != q_nope.dtype:
             fail(TypeError, name, f"have q_nope's dtype {q_nope.dtype}", tensor.dtype)
     for name, tensor in integers.items():
         if tensor is not None and tensor.dtype != torch.int32:
             fail(TypeError, name, "be int32", tensor.dtype)
-    if lse.dtype != torch.float32:
+    lse = others["lse"]
+    if lse is not None and lse.dtype != torch.float32:
         fail(TypeError, "lse", "be float32", lse.dtype)
-    for name, tensor in (values | integers | {"lse": lse}).items():
+    for name, tensor in (values | integers | others).items():
         if tensor is not None and tensor.device != q_nope.device:
             fail(ValueError, name, f"be on q_nope's device {q_nope.device}", tensor.device)
 
@@ -380,7 +398,13 @@ def check_rows(argument: str, queries: int, heads: int) -> None:
 
 
 def _check_cache(
-    name: str, ckv: Layout, kpe: Layout | None, latent: int, rope: int, value: int
+    name: str,
+    ckv: Layout,
+    kpe: Layout | None,
+    scales: Layout | None,
+    latent: int,
+    rope: int,
+    value: int,
 ) -> None:
     if len(ckv.shape) != 3 or ckv.shape[0] < 1 or ckv.shape[1] < 1:
         rule = "be [pages, page_size, width] with at least one page of one token"
@@ -391,7 +415,7 @@ def _check_cache(
             rule = f"be {latent + rope} wide (latent {latent} + rope {rope} of the queries)"
             fail(ValueError, name, rule, f"width {width}")
     else:
-        if value != latent:
+        if value != latent and (scales is None or len(scales.shape) == 1):
             rule = f"be one tensor where value_dim {value} has the rope part inside"
             fail(ValueError, "cache", rule, "a LatentCache of two")
         if width != latent:
@@ -399,6 +423,46 @@ def _check_cache(
         if tuple(kpe.shape) != (*slots, rope):
             rule = f"be {(*slots, rope)} to go with cache.ckv and q_rope"
             fail(ValueError, "cache.kpe", rule, shape(kpe))
+
+
+def _check_scales(
+    q_nope: Layout, ckv: Layout, kpe: Layout | None, scales: Layout, value: int
+) -> Storage:
+    """How a cache is quantised."""
+    if ckv.dtype != torch.float8_e4m3fn:
+        fail(TypeError, "cache.ckv", "be float8_e4m3fn where there are scales", ckv.dtype)
+    if q_nope.dtype == torch.float32:
+        rule = "be float16 or bfloat16 where the cache is quantised"
+        fail(TypeError, "q_nope", rule, q_nope.dtype)
+    rope = None if kpe is None else kpe.dtype
+    if len(scales.shape) == 1:
+        if scales.dtype != torch.float32:
+            rule = "be float32 where there is one for all tokens"
+            fail(TypeError, "cache.scales", rule, scales.dtype)
+        if tuple(scales.shape) != (2,) or not scales.last_is_contiguous:
+            rule = "be contiguous [2], of latents and rotary keys, or [pages, page_size, groups]"
+            fail(ValueError, "cache.scales", rule, scales)
+        if rope not in (None, torch.float8_e4m3fn):
+            rule = "be float8_e4m3fn where one scale is for all tokens"
+            fail(TypeError, "cache.kpe", rule, rope)
+        return Storage(rope, 0, torch.float32, 0)
+    if scales.dtype not in (torch.float32, torch.uint8):
+        rule = "be float32 or uint8 (e8m0) where each token has its own"
+        fail(TypeError, "cache.scales", rule, scales.dtype)
+    *slots, width = ckv.shape
+    groups = scales.shape[-1] if len(scales.shape) == 3 else 0
+    if tuple(scales.shape[:-1]) != tuple(slots) or groups < 1 or width % groups:
+        rule = f"be {(*slots, 'groups')} to go with cache.ckv, with groups that divide {width}"
+        fail(ValueError, "cache.scales", rule, shape(scales))
+    if not scales.last_is_contiguous:
+        fail(ValueError, "cache.scales", LAST_DIMENSION, f"strides {tuple(scales.strides)}")
+    if kpe is None and value != width:
+        rule = "have rotary keys of their own, cache.kpe, where each token has scales"
+        fail(ValueError, "cache", rule, "None")
+    if rope not in (None, q_nope.dtype):
+        rule = f"have q_nope's dtype {q_nope.dtype} where each token has scales"
+        fail(TypeError, "cache.kpe", rule, rope)
+    return Storage(rope, width // groups, scales.dtype, scales.strides[1])
 
 
 def check_lengths(kv_lens: Layout, cu_seqlens_q: Layout | None) -> int:
@@ -446,10 +510,20 @@ def is_list(tensor: Layout) -> bool:
     return len(tensor.shape) == 1 and tensor.last_is_contiguous
 
 
-def rows_aligned(tensor: Layout) -> bool:
+def rows_aligned(tensor: Layout, step: int = ALIGNMENT) -> bool:
     """Whether every row begins at a multiple of 16 elements from the first, and provably so."""
     rows = zip(tensor.shape[:-1], tensor.strides[:-1], strict=True)
-    return all(stride % ALIGNMENT == 0 for size, stride in rows if size > 1)
+    return all(stride % step == 0 for size, stride in rows if size > 1)
+
+
+def _all_aligned(values: dict[str, Layout | None], is_quantised: bool) -> bool:
+    """Of a quantised cache's 16-bit rotary keys, which may lie between its bytes, every row begins
+    at a multiple of 16 bytes."""
+    return all(
+        rows_aligned(tensor, ALIGNMENT // 2 if is_quantised and name == "cache.kpe" else ALIGNMENT)
+        for name, tensor in values.items()
+        if tensor is not None
+    )
 
 
 def _row_step(tensor: Layout | None, columns: int, tokens: int, heads: int) -> int:

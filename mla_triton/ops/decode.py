@@ -59,7 +59,8 @@ def decode(
         q_nope: `[batch, s_q, heads, latent]`, already multiplied by W_UK; with `cu_seqlens_q`
             `[tokens, heads, latent]`. float16, bfloat16 or float32. Any strides but the last.
         q_rope: the same with `rope` columns, or None where the model has no rotary key.
-        cache: `[pages, page_size, latent + rope]`, or a `LatentCache` of two tensors. q's dtype.
+        cache: `[pages, page_size, latent + rope]` in q's dtype, or a `LatentCache` of two tensors,
+            or of e4m3 numbers and their scales.
         page_table: int32 `[batch, max_pages]`, or a `CSRPageTable`. Entries past a request's keys
             are not read.
         kv_lens: int32 `[batch]`, keys of each request, the queries' own included. A length past the
@@ -96,7 +97,7 @@ def decode(
         validate.check_tensor("q_rope", q_rope)
     if cu_seqlens_q is not None:
         validate.check_tensor("cu_seqlens_q", cu_seqlens_q)
-    ckv, kpe = validate.unpack_cache(cache)
+    ckv, kpe, scales = validate.unpack_cache(cache)
     pages, indptr = validate.unpack_page_table(page_table)
     softmax_scale = validate.number("softmax_scale", softmax_scale)
     validate.check_flag("causal", causal)
@@ -119,7 +120,7 @@ def decode(
     else:
         validate.check_tensor("lse", lse)
     tensors = (
-        q_nope, q_rope, ckv, kpe, pages, indptr, kv_lens, cu_seqlens_q,
+        q_nope, q_rope, ckv, kpe, scales, pages, indptr, kv_lens, cu_seqlens_q,
         None if plan is None else plan.schedule,
         None if plan is None else plan.partial_out,
         None if plan is None else plan.partial_lse,
@@ -132,7 +133,7 @@ def decode(
     return AttentionState(out, lse)
 
 
-RECALLED = recall.Memory(own=slice(8, 11), wide=(0, 1, 2, 3, 11))
+RECALLED = recall.Memory(own=slice(9, 12), wide=(0, 1, 2, 3, 12))
 """Earlier calls. Their own: schedule and partial results. Wide: queries, cache and out."""
 
 
@@ -143,8 +144,9 @@ def forget() -> None:
 
 
 LIBRARY.define(
-    "decode(Tensor q_nope, Tensor? q_rope, Tensor ckv, Tensor? kpe, Tensor pages, Tensor? indptr, "
-    "Tensor kv_lens, Tensor? cu_seqlens_q, Tensor? schedule, Tensor(a!)? partial_out, "
+    "decode(Tensor q_nope, Tensor? q_rope, Tensor ckv, Tensor? kpe, Tensor? scales, "
+    "Tensor pages, Tensor? indptr, Tensor kv_lens, Tensor? cu_seqlens_q, Tensor? schedule, "
+    "Tensor(a!)? partial_out, "
     "Tensor(b!)? partial_lse, Tensor(c!) out, Tensor(d!) lse, float softmax_scale, bool causal, "
     "SymInt? value_dim, SymInt? max_kv_len, bool allow_tf32, SymInt[]? planned, str? impl) -> ()"
 )
@@ -215,6 +217,7 @@ def _decode(
     q_rope: torch.Tensor | None,
     ckv: torch.Tensor,
     kpe: torch.Tensor | None,
+    scales: torch.Tensor | None,
     pages: torch.Tensor,
     indptr: torch.Tensor | None,
     kv_lens: torch.Tensor,
@@ -233,7 +236,7 @@ def _decode(
     impl: str | None,
 ) -> None:
     problem = validate.decode(
-        q_nope, q_rope, ckv, kpe, pages, indptr, kv_lens, cu_seqlens_q, out, lse,
+        q_nope, q_rope, ckv, kpe, scales, pages, indptr, kv_lens, cu_seqlens_q, out, lse,
         softmax_scale=softmax_scale, causal=causal, value_dim=value_dim, max_kv_len=max_kv_len,
         allow_tf32=allow_tf32,
     )  # fmt: skip
@@ -242,7 +245,18 @@ def _decode(
     verify = debug.wanted(q_nope)
     if verify:
         debug.check_decode(
-            q_nope, q_rope, ckv, kpe, pages, indptr, kv_lens, cu_seqlens_q, out, lse, max_kv_len
+            q_nope,
+            q_rope,
+            ckv,
+            kpe,
+            scales,
+            pages,
+            indptr,
+            kv_lens,
+            cu_seqlens_q,
+            out,
+            lse,
+            max_kv_len,
         )
     device = devices.of(q_nope.device)
     like = None if planned is None else planned_geometry(planned)
@@ -252,7 +266,7 @@ def _decode(
     if chosen.name == "reference":
         if planned is not None:
             check_plan(planned, plan_key(problem, None), chosen.name)
-        cache = ckv if kpe is None else LatentCache(ckv, kpe)
+        cache = ckv if kpe is None and scales is None else LatentCache(ckv, kpe, scales)
         table = pages if indptr is None else CSRPageTable(indptr, pages)
         exact = reference.decode(
             q_nope, q_rope, cache, table, kv_lens,
@@ -263,7 +277,7 @@ def _decode(
         lse.copy_(exact.lse)
         return
     given = (
-        q_nope, q_rope, ckv, kpe, pages, indptr, kv_lens, cu_seqlens_q,
+        q_nope, q_rope, ckv, kpe, scales, pages, indptr, kv_lens, cu_seqlens_q,
         schedule, partial_out, partial_lse, out, lse,
     )  # fmt: skip
     options = (softmax_scale, causal, value_dim, max_kv_len, allow_tf32, planned, impl)
@@ -280,10 +294,10 @@ def _decode(
     assert partial_out is not None
     assert partial_lse is not None
     tensors = DecodeTensors(
-        q_nope, q_rope, ckv, kpe, pages, indptr, kv_lens, cu_seqlens_q, schedule, planned[0],
-        partial_out, partial_lse, out, lse, softmax_scale,
+        q_nope, q_rope, ckv, kpe, scales, pages, indptr, kv_lens, cu_seqlens_q, schedule,
+        planned[0], partial_out, partial_lse, out, lse, softmax_scale,
     )  # fmt: skip
-    recording = Recording((*given[:8], schedule, partial_out, partial_lse, out, lse))
+    recording = Recording((*given[:9], schedule, partial_out, partial_lse, out, lse))
     if make_own is not None:
         make_schedule(kv_lens, cu_seqlens_q, schedule, planned, recording)
     if verify:
@@ -297,6 +311,7 @@ def _decode_fake(
     q_rope: torch.Tensor | None,
     ckv: torch.Tensor,
     kpe: torch.Tensor | None,
+    scales: torch.Tensor | None,
     pages: torch.Tensor,
     indptr: torch.Tensor | None,
     kv_lens: torch.Tensor,
@@ -314,7 +329,7 @@ def _decode_fake(
 ) -> None:
     """The rules alone: results go to `out` and `lse`, which are there."""
     validate.decode(
-        q_nope, q_rope, ckv, kpe, pages, indptr, kv_lens, cu_seqlens_q, out, lse,
+        q_nope, q_rope, ckv, kpe, scales, pages, indptr, kv_lens, cu_seqlens_q, out, lse,
         softmax_scale=softmax_scale, causal=causal, value_dim=value_dim, max_kv_len=max_kv_len,
         allow_tf32=False, has_memory=False,
     )  # fmt: skip

@@ -40,6 +40,7 @@ def requests(
     *,
     causal: bool = True,
     cu_seqlens_q: torch.Tensor | None = None,
+    value_dim: int | None = None,
     max_kv_len: int | None = None,
 ) -> Iterator[Request]:
     """The requests of a batch that have both queries and keys; arguments as in `decode`."""
@@ -52,7 +53,9 @@ def requests(
     for request, (rows, length) in enumerate(zip(places, lengths, strict=True)):
         s_q = query[rows].shape[0]
         if s_q and length:
-            keys = gather_keys(cache, page_table, request, length)
+            keys = gather_keys(
+                cache, page_table, request, length, value_dim or q_nope.shape[-1]
+            )
             yield Request(rows, query[rows], keys, visible_keys(s_q, length, causal, keys.device))
 
 
@@ -80,7 +83,7 @@ def decode(
     state = empty_state(q_nope, value_dim, compute_dtype, compute_dtype)
     for rows, query, keys, visible in requests(
         q_nope, q_rope, cache, page_table, kv_lens,
-        causal=causal, cu_seqlens_q=cu_seqlens_q, max_kv_len=max_kv_len,
+        causal=causal, cu_seqlens_q=cu_seqlens_q, value_dim=value_dim, max_kv_len=max_kv_len,
     ):  # fmt: skip
         keys = keys.to(compute_dtype)
         weights, lse = softmax(query.to(compute_dtype), keys, visible, softmax_scale)
@@ -133,7 +136,7 @@ def decode_same_precision(
     with full_float32():
         for rows, query, keys, visible in requests(
             q_nope, q_rope, cache, page_table, kv_lens,
-            causal=causal, cu_seqlens_q=cu_seqlens_q, max_kv_len=max_kv_len,
+            causal=causal, cu_seqlens_q=cu_seqlens_q, value_dim=value_dim, max_kv_len=max_kv_len,
         ):  # fmt: skip
             out, lse = attend_rounded(
                 query, keys, keys[:, :value_dim], visible, softmax_scale, operand

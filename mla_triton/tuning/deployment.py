@@ -148,6 +148,7 @@ class Deployment:
             q_rope if self.rope else None,
             made(*slots, width if fused else self.latent),
             None if fused or not self.rope else made(*slots, self.rope),
+            None,
             made(batch, pages, kind=int32) if table == "dense" else made(pages, kind=int32),
             None if table == "dense" else made(batch + 1, kind=int32),
             made(batch, kind=int32),

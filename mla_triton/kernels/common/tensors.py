@@ -15,6 +15,8 @@ class DecodeTensors(NamedTuple):
     ckv: torch.Tensor
     """The latents, or latents and rotary keys in one tensor."""
     kpe: torch.Tensor | None
+    scales: torch.Tensor | None
+    """Of a quantised cache; as `LatentCache` has them."""
     pages: torch.Tensor
     """Dense page table, or the indices of a CSR one."""
     indptr: torch.Tensor | None

@@ -17,7 +17,7 @@ def tuning_key(problem: DecodeProblem, row_tile: int) -> Items:
     `PAGE_BUCKETS` that divides it: the same instructions, with other masks."""
     key: dict[str, str | int] = {
         "dtype": str(problem.dtype).removeprefix("torch."),
-        "format": "16bit",
+        "format": "16bit" if problem.storage is None else problem.storage.name,
         "latent": problem.latent,
         "rope": problem.rope,
         "value_dim": problem.value_dim,
