@@ -57,7 +57,7 @@ def flash_decode(
 ) -> AttentionState:
     faults = faults or Faults()
     arguments, options = inputs.call_arguments()
-    del options["softmax_scale"], options["value_dim"]
+    del options["softmax_scale"]
     buffers = inputs.output_buffers()
     out, lse = buffers["out"].zero_(), buffers["lse"].fill_(-math.inf)
     for request in requests(*arguments, **options):

@@ -53,9 +53,7 @@ def requests(
     for request, (rows, length) in enumerate(zip(places, lengths, strict=True)):
         s_q = query[rows].shape[0]
         if s_q and length:
-            keys = gather_keys(
-                cache, page_table, request, length, value_dim or q_nope.shape[-1]
-            )
+            keys = gather_keys(cache, page_table, request, length, value_dim or q_nope.shape[-1])
             yield Request(rows, query[rows], keys, visible_keys(s_q, length, causal, keys.device))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from mla_triton.cache import CSRPageTable, LatentCache
+from mla_triton.cache.quantise import dequantise
 
 
 def page_size(cache: torch.Tensor | LatentCache) -> int:
@@ -58,8 +59,8 @@ def gather_keys(
     """The first `length` keys of a request, latent and rope part side by side.
 
     Returns `[length, latent + rope]` in the cache's dtype; of a quantised cache in float64, exactly
-    the numbers that it stands for. Columns from `value_dim` on are rotary keys: it is asked for
-    where they stand behind latents that are quantised with one scale.
+    the numbers that it stands for. Columns of `ckv` from `value_dim` on are rotary keys, which may
+    have a scale of their own.
     """
     size = page_size(cache)
     pages = pages_of(page_table, request, -(-length // size))
@@ -68,24 +69,11 @@ def gather_keys(
     if not isinstance(cache, LatentCache):
         return cache[page, slot]
     latent = cache.ckv[page, slot]
-    rope = latent[:, :0] if cache.kpe is None else cache.kpe[page, slot]
-    if cache.scales is not None and cache.scales.dim() == 1:
-        keys = torch.cat([latent.double(), rope.double()], dim=-1)
-        split = value_dim if cache.kpe is None else latent.shape[1]
-        return torch.cat(
-            [keys[:, :split] * cache.scales[0].double(), keys[:, split:] * cache.scales[1].double()],
-            dim=-1,
-        )
+    rope = None if cache.kpe is None else cache.kpe[page, slot]
     if cache.scales is not None:
-        scales = scale_values(cache.scales[page, slot])
-        width = latent.shape[1] // scales.shape[1]
-        latent, rope = latent.double() * scales.repeat_interleave(width, dim=1), rope.double()
-    return torch.cat([latent, rope], dim=-1)
-
-
-def scale_values(scales: torch.Tensor) -> torch.Tensor:
-    """float64 numbers that scales stand for: uint8 are exponents, 255 is NaN (OCP MX, e8m0)."""
-    if scales.dtype != torch.uint8:
-        return scales.double()
-    powers = torch.ldexp(torch.ones_like(scales, dtype=torch.float64), scales.int() - 127)
-    return powers.masked_fill(scales == 255, float("nan"))
+        is_one = cache.scales.dim() == 1
+        scales = cache.scales if is_one else cache.scales[page, slot]
+        behind = 0 if value_dim is None else max(0, latent.shape[-1] - value_dim)
+        rows = LatentCache(latent, rope, scales)
+        latent, rope = dequantise(rows, torch.float64, rope=behind)
+    return latent if rope is None else torch.cat([latent, rope], dim=-1)

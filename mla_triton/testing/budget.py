@@ -88,9 +88,9 @@ def decode_budget(inputs: DecodeInputs, *, allow_tf32: bool = False) -> Budget:
     exact = reference.decode(*arguments, **options)
     same = reference.decode_same_precision(*arguments, **options, allow_tf32=allow_tf32)
     order = AttentionState(torch.zeros_like(exact.out), torch.zeros_like(exact.lse))
-    softmax_scale, value_dim = options.pop("softmax_scale"), options.pop("value_dim")
+    softmax_scale = options.pop("softmax_scale")
     for rows, query, keys, visible in requests(*arguments, **options):
-        values = keys[:, : value_dim or inputs.q_nope.shape[-1]]
+        values = keys[:, : inputs.value_dim or inputs.q_nope.shape[-1]]
         order.out[rows], order.lse[rows] = _reordering(query, keys, values, visible, softmax_scale)
     return _budget(exact, same, order)
 

@@ -14,12 +14,16 @@ from typing import Any, Literal
 
 import torch
 
-from mla_triton.cache import CSRPageTable, LatentCache
+from mla_triton.cache import FP8_DS_MLA, FP8_V4, FP8_V41, CSRPageTable, LatentCache
+from mla_triton.cache.formats import E4M3
+from mla_triton.cache.quantise import E4M3_MAX, pack, quantise
 
 UNUSED_PAGE = 2**31 - 1
 LARGE_LOGIT = 900.0
 
 Logits = Literal["normal", "large", "equal_keys", "dominant_key"]
+Stored = Literal["16bit", "fp8", "fp8_groups", "fp8_ds_mla", "fp8_v4", "fp8_v41"]
+PACKED = {form.name: form for form in (FP8_DS_MLA, FP8_V4, FP8_V41)}
 
 
 @dataclass(frozen=True, repr=False)
@@ -85,6 +89,7 @@ def decode_inputs(
     dtype: torch.dtype = torch.bfloat16,
     causal: bool = True,
     layout: Literal["fused", "pair"] = "fused",
+    stored: Stored = "16bit",
     table: Literal["dense", "csr"] = "dense",
     strided: bool | int = False,
     logits: Logits = "normal",
@@ -96,9 +101,11 @@ def decode_inputs(
     `kv_lens` are the keys of each request, 0 allowed; every request has `s_q` queries or, ragged,
     `q_lens[b]`, and either may exceed its keys. `strided` leaves 16 bytes between the rows of
     queries, cache and outputs, or as many columns as it says: an odd number misaligns them. Then
-    q_nope also lies head by head, as a batched product with `W_UK` leaves it. `logits="large"`
-    makes them about 900 either way; with `"equal_keys"` all keys of a request are one, with
-    `"dominant_key"` a single key has nearly all of the weight.
+    q_nope also lies head by head, as a batched product with `W_UK` leaves it. `stored` is how the
+    cache is quantised: "fp8" has a scale for all latents and one for all rotary keys, "fp8_groups"
+    one for each 128 columns of a latent, the others are packed formats of `mla_triton.cache`.
+    `logits="large"` makes them about 900 either way; with `"equal_keys"` all keys of a request are
+    one, with `"dominant_key"` a single key has nearly all of the weight.
     """
     recipe = {name: value for name, value in locals().items() if name != "device"}
     padding = 16 // dtype.itemsize if strided is True else int(strided)
@@ -115,17 +122,14 @@ def decode_inputs(
         shape_keys(key, query[bounds[request] : bounds[request + 1]], logits, generator)
 
     pages, table_of = _scatter_pages([-(-n // page_size) for n in kv_lens], generator)
-    cache = _fill_cache(keys, table_of, pages, page_size, latent + rope).to(dtype)
+    cache = _fill_cache(keys, table_of, pages, page_size, latent + rope)
     query = query.to(dtype)
     if q_lens is None:
         query = query.unflatten(0, (len(kv_lens), s_q))
     inputs = DecodeInputs(
         q_nope=head_major(query[..., :latent], padding),
         q_rope=padded(query[..., latent:], padding) if rope else None,
-        cache=padded(cache, padding) if layout == "fused" else LatentCache(
-            padded(cache[..., :latent], padding),
-            padded(cache[..., latent:], padding) if rope else None,
-        ),
+        cache=_stored(cache, latent, dtype, layout, stored, padding),
         page_table=_dense(table_of, padding) if table == "dense" else _csr(table_of),
         kv_lens=int32(kv_lens),
         softmax_scale=scale,
@@ -208,6 +212,49 @@ def _fill_cache(
         slots = page[:, None] * page_size + torch.arange(page_size)
         cache[slots.flatten()[: len(key)]] = key
     return cache.view(count, page_size, width)
+
+
+def _stored(
+    cache: torch.Tensor, latent: int, dtype: torch.dtype, layout: str, stored: Stored, padding: int
+) -> torch.Tensor | LatentCache:
+    """float32 keys `[pages, page_size, latent + rope]` as a cache has them."""
+    ckv, kpe = cache[..., :latent], cache[..., latent:] if cache.shape[-1] > latent else None
+    if stored in PACKED:
+        form = PACKED[stored]
+        if kpe is not None and not form.rope:
+            ckv, kpe = cache, None
+        pages = pack(form, ckv, None if kpe is None else kpe.to(dtype).float())
+        return form.views(pages, cache.shape[1])
+    if stored == "16bit" and layout == "fused":
+        return padded(cache.to(dtype), padding)
+    if stored == "16bit":
+        pair = LatentCache(ckv.to(dtype), None if kpe is None else kpe.to(dtype))
+    else:
+        pair = quantise(ckv, kpe, _empty(cache, latent, dtype, layout, stored), False)
+    return pair._replace(
+        ckv=padded(pair.ckv, padding), kpe=None if pair.kpe is None else padded(pair.kpe, padding)
+    )
+
+
+def _empty(
+    cache: torch.Tensor, latent: int, dtype: torch.dtype, layout: str, stored: Stored
+) -> LatentCache:
+    """A cache like the one that keys are to be quantised for; a row of each of its parts."""
+    rope = cache.shape[-1] - latent
+    if stored == "fp8_groups":
+        scales = torch.empty(1, 1, latent // min(128, latent))
+        return LatentCache(
+            torch.empty(1, 1, latent, dtype=E4M3), torch.empty(1, 1, rope, dtype=dtype), scales
+        )
+    parts = (cache[..., :latent], cache[..., latent:])
+    largest = [
+        part.nan_to_num().abs().amax() if part.numel() else torch.tensor(0.0) for part in parts
+    ]
+    scales = torch.stack(largest).clamp_min(2.0**-20) / E4M3_MAX
+    if layout == "fused":
+        return LatentCache(torch.empty(1, 1, latent + rope, dtype=E4M3), None, scales)
+    ckv, kpe = torch.empty(1, 1, latent, dtype=E4M3), torch.empty(1, 1, rope, dtype=E4M3)
+    return LatentCache(ckv, kpe if rope else None, scales)
 
 
 def _dense(pages: list[torch.Tensor], padding: int) -> torch.Tensor:

@@ -102,9 +102,9 @@ class Trial:
 
         def call_on(cache: torch.Tensor) -> Callable[[], None]:
             tensors = DecodeTensors(
-                self._q_nope, self._q_rope, cache, None, None, self._page_table, None, self._kv_lens,
-                None, self._own[0], self._problem.max_kv_len, self._own[1], self._own[2],
-                self._out, self._lse, self._scale,
+                self._q_nope, self._q_rope, cache, None, None, self._page_table, None,
+                self._kv_lens, None, self._own[0], self._problem.max_kv_len, self._own[1],
+                self._own[2], self._out, self._lse, self._scale,
             )  # fmt: skip
             return lambda: operation.launch(
                 ready, self._implementation, self._problem, tensors, lambda launcher: launcher

@@ -84,6 +84,8 @@ def why_not(problem: DecodeProblem, device: Device) -> str | None:
         return "the tensors are on the CPU and Triton's interpreter is off (TRITON_INTERPRET=1)"
     if device.capability is not None and device.capability < (8, 0):
         return f"it needs capability 8.0 or later, this card has {device.label}"
+    if problem.storage is not None:
+        return "it reads caches of the queries' dtype"
     if not 16 <= problem.value_dim <= 512 or problem.value_dim & (problem.value_dim - 1):
         return f"value_dim must be a power of two in [16, 512], got {problem.value_dim}"
     tail = problem.key_tail

@@ -46,6 +46,8 @@ def why_not(problem: DecodeProblem, device: Device) -> str | None:
     """The reason this implementation cannot take a problem, or None."""
     if device.capability != (9, 0):
         return f"it is written for capability 9.0, this card has {device.label}"
+    if problem.storage is not None:
+        return "it reads caches of the queries' dtype"
     if problem.dtype not in (torch.float16, torch.bfloat16) or not problem.aligned:
         return "it reads aligned float16 or bfloat16"
     if (problem.value_dim, problem.key_tail) not in WIDTHS:
