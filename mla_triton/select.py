@@ -77,7 +77,7 @@ def why_not_sm90(
         if like is None:
             reason = sm90_config.why_slower(problem, device)
         else:
-            reason = sm90_config.why_not_cut(like)
+            reason = sm90_config.why_not_cut(problem, like)
     return reason or sm90.why_not_loaded("decode")
 
 

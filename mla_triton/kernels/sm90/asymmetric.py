@@ -245,7 +245,7 @@ def attend_scores(
         empty = running_sum == 0.0
         total = gl.where(empty, 1.0, running_sum)
         inverse = gl.convert_layout(1.0 / total, OUT_BY_ROW)
-        slot_row = partial_row(begin_key == 0)
+        slot_row = partial_row(call, begin_key == 0)
         store_half(
             call, accumulator * gl.expand_dims(inverse, 1), request, first_row, slot_row, whole,
             out, partial_out, shared.query_left.index(0),
@@ -302,7 +302,7 @@ def attend_right(
         inverse = 1.0 / gl.where(running_sum == 0.0, 1.0, running_sum)
         store_half(
             call, accumulator * gl.expand_dims(inverse, 1), request, first_row,
-            partial_row(begin_key == 0), whole, out, partial_out, shared.query_right.index(0),
+            partial_row(call, begin_key == 0), whole, out, partial_out, shared.query_right.index(0),
             out_stride_b, out_stride_s, out_stride_h, HALF, HALF, HALVES,
         )  # fmt: skip
         mbarrier.arrive(shared.query_free.index(0), count=1)

@@ -23,7 +23,7 @@ from mla_triton.device import Device
 from mla_triton.kernels.common.launch import TYPE_NAMES, Launch, Variant, View
 from mla_triton.kernels.common.tensors import DecodeTensors, strides
 from mla_triton.kernels.common.tiles import LOG2_E
-from mla_triton.kernels.sm90 import asymmetric, gather, pairs
+from mla_triton.kernels.sm90 import asymmetric, gather, pairs, quantised
 from mla_triton.kernels.sm90.decode_config import (
     BLOCK,
     NAME,
@@ -149,7 +149,7 @@ def decode_kernel(
     VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     call = Call(
         pages, indptr, kv_lens, cu_seqlens_q, schedule, table_size, batch, s_q, queries, heads,
-        max_kv_len, planned_kv_len, parts, PAGE_SIZE, CSR, RAGGED, CAUSAL, GATHER,
+        max_kv_len, planned_kv_len, parts, PAGE_SIZE, CSR, RAGGED, CAUSAL, GATHER, ROWS, KEYS,
     )  # fmt: skip
     query_left = gl.allocate_shared_memory(dtype, [1, ROWS, HALF], LAYOUT)
     query_right = gl.allocate_shared_memory(dtype, [1, ROWS, HALF], LAYOUT)
@@ -229,6 +229,8 @@ def decode_kernel(
 
 def variant(problem: DecodeProblem, config: Config, geometry: Geometry, device: Device) -> Variant:
     """The kernel for a problem: everything but sizes that change from step to step is constant."""
+    if problem.storage is not None:
+        return quantised.variant(problem, config, geometry)
     box = BLOCK if gathers(problem) else min(BLOCK, problem.page_size)
     half = problem.value_dim // 2
     kinds = {
@@ -323,4 +325,7 @@ def launch(
     launcher: Launch, problem: DecodeProblem, geometry: Geometry, tensors: DecodeTensors
 ) -> None:
     """Writes `out` and `lse`, or partial results where the schedule cuts a group."""
+    if problem.storage is not None:
+        quantised.launch(launcher, problem, geometry, tensors)
+        return
     launcher((geometry.lanes, geometry.parts, 1), arguments(problem, geometry, tensors))

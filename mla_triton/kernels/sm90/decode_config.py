@@ -23,6 +23,8 @@ BLOCK = 64
 """Keys of a block, and of a schedule tile."""
 OVERHEAD = 5
 """Cost of beginning a group (its queries, its first load, its result), in blocks."""
+QUANTISED_ROW_TILES = (16, 32, 64)
+"""The same over a cache of e4m3 numbers, where the keys are a product's rows."""
 FEW_ROWS = 16
 MANY_REQUESTS = 16
 """From here on a batch has more work than waiting, and two blocks at a time pay: 237 us against 267
@@ -46,8 +48,6 @@ def why_not(problem: DecodeProblem, device: Device) -> str | None:
     """The reason this implementation cannot take a problem, or None."""
     if device.capability != (9, 0):
         return f"it is written for capability 9.0, this card has {device.label}"
-    if problem.storage is not None:
-        return "it reads caches of the queries' dtype"
     if problem.dtype not in (torch.float16, torch.bfloat16) or not problem.aligned:
         return "it reads aligned float16 or bfloat16"
     if (problem.value_dim, problem.key_tail) not in WIDTHS:
@@ -55,6 +55,10 @@ def why_not(problem: DecodeProblem, device: Device) -> str | None:
         return f"it is written for {widths}, got {problem.value_dim}+{problem.key_tail}"
     if problem.rope_in_value:
         return "its queries come in one tensor where no key column is behind the value"
+    if problem.storage is not None and problem.storage.group:
+        return "of quantised caches it reads those with one scale for all latents"
+    if problem.storage is not None and gathers(problem):
+        return "e4m3 keys come by TMA, from evenly spaced pages of 16, 32 or a multiple of 64"
     return None
 
 
@@ -71,7 +75,7 @@ def why_slower(problem: DecodeProblem, device: Device) -> str | None:
     Looks at nothing that a plan does not know (page size, strides, lengths), so that a plan is cut
     as the calls that make their own schedule are.
     """
-    if problem.rows <= FEW_ROWS:
+    if problem.rows <= FEW_ROWS and problem.storage is None:
         return (
             f"portable is faster for up to {FEW_ROWS} rows: "
             "it is bound by memory alone, and its programs are shorter"
@@ -79,8 +83,10 @@ def why_slower(problem: DecodeProblem, device: Device) -> str | None:
     return None
 
 
-def why_not_cut(like: Geometry) -> str | None:
+def why_not_cut(problem: DecodeProblem, like: Geometry) -> str | None:
     """The reason this implementation cannot follow a plan of that geometry, or None."""
+    if problem.storage is not None:
+        return None
     if (like.kv_tile, like.row_tile) != (BLOCK, ROW_TILE):
         tiles = f"{like.kv_tile} keys x {like.row_tile} rows"
         return f"its tiles are {BLOCK} keys x {ROW_TILE} rows, those of the plan {tiles}"
@@ -94,10 +100,12 @@ def is_valid(
     reason = why_not(problem, device)
     if reason is not None:
         return False, reason
-    if rows not in (None, ROW_TILE):
-        return False, f"its tile has {ROW_TILE} rows, got {rows}"
+    if rows is not None and rows not in row_tiles(problem):
+        return False, f"its tile has {row_tiles(problem)} rows, got {rows}"
     if config.blocks not in (1, 2):
         return False, f"blocks must be 1 or 2, got {config.blocks}"
+    if config.blocks == 2 and problem.storage is not None:
+        return False, "of e4m3 keys, warpgroups have one block each, blocks = 1"
     if config.blocks == 2 and (gathers(problem) or problem.page_size < BLOCK // 2):
         size = f"pages of {problem.page_size}"
         return False, f"two blocks come by TMA, from at most four pages, got {size}"
@@ -114,6 +122,8 @@ def choose(problem: DecodeProblem, device: Device, rows: int | None = None) -> t
     valid, rule = is_valid(one, problem, device, rows)
     if not valid:
         raise ValueError(f"problem must be one that {NAME} takes, got {problem}: {rule}")
+    if problem.storage is not None:
+        return one, "e4m3 keys: each warpgroup has a block to itself"
     return one, "few rows: memory is waited for, and one block at a time has the shorter ends"
 
 
@@ -122,9 +132,16 @@ def heuristic(problem: DecodeProblem, device: Device, rows: int | None = None) -
     return choose(problem, device, rows)[0]
 
 
+def row_tiles(problem: DecodeProblem) -> tuple[int, ...]:
+    """Rows of a program that the kernel can have."""
+    return (ROW_TILE,) if problem.storage is None else QUANTISED_ROW_TILES
+
+
 def row_tile(problem: DecodeProblem, device: Device) -> int:
     """Rows of a program."""
-    return ROW_TILE
+    if problem.storage is None:
+        return ROW_TILE
+    return next((rows for rows in QUANTISED_ROW_TILES if problem.rows <= rows), ROW_TILE)
 
 
 def geometry(
@@ -134,17 +151,18 @@ def geometry(
     like: Geometry | None = None,
 ) -> Geometry:
     """How the schedule cuts a problem; with `parts` of them, or as many as the plan `like` has."""
-    if like is not None and why_not_cut(like) is None:
-        return fitted(problem, BLOCK, ROW_TILE, 0, like.overhead, like.parts)
+    if like is not None and why_not_cut(problem, like) is None:
+        return fitted(problem, like.kv_tile, like.row_tile, 0, like.overhead, like.parts)
     parts = parts if like is None else like.parts
-    return fitted(problem, BLOCK, ROW_TILE, device.sm_count, OVERHEAD, parts)
+    return fitted(problem, BLOCK, row_tile(problem, device), device.sm_count, OVERHEAD, parts)
 
 
 def tuning_point(
     problem: DecodeProblem, device: Device, rows: int | None = None
 ) -> tuple[Items, int, int] | None:
     """(key, batch, length) that a problem is looked up by."""
-    return tuning_key(problem, ROW_TILE), max(1, problem.batch), problem.max_kv_len
+    rows = row_tile(problem, device) if rows is None else rows
+    return tuning_key(problem, rows), max(1, problem.batch), problem.max_kv_len
 
 
 def search_space(problem: DecodeProblem, device: Device) -> Iterator[Config]:

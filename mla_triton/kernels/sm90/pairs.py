@@ -312,7 +312,7 @@ def attend_left(
         group_phase = group_phase ^ 1
         empty = running_sum == 0.0
         total = gl.where(empty, 1.0, running_sum)
-        slot_row = partial_row(begin_key == 0)
+        slot_row = partial_row(call, begin_key == 0)
         store_half(
             call, rescaled(accumulator, 1.0 / total, HALVES), request, first_row, slot_row, whole,
             out, partial_out, shared.query_left.index(0),
@@ -426,6 +426,6 @@ def attend_right(
         inverse = 1.0 / gl.where(total == 0.0, 1.0, total)
         store_half(
             call, rescaled(accumulator, inverse, HALVES), request, first_row,
-            partial_row(begin_key == 0), whole, out, partial_out, shared.query_right.index(0),
+            partial_row(call, begin_key == 0), whole, out, partial_out, shared.query_right.index(0),
             out_stride_b, out_stride_s, out_stride_h, HALF, HALF, HALVES,
         )  # fmt: skip

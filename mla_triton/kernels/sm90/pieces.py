@@ -25,7 +25,10 @@ LN_2 = gl.constexpr(0.6931471805599453)
 
 @aggregate
 class Call:
-    """What is the same for all partitions: the sizes of a call, and where its work stands."""
+    """What is the same for all partitions: the sizes of a call, and where its work stands.
+
+    `ROWS` are those of a program's tile, `TILE` the keys of a schedule tile.
+    """
 
     pages: gl.tensor
     indptr: gl.tensor
@@ -45,11 +48,14 @@ class Call:
     RAGGED: gl.constexpr
     CAUSAL: gl.constexpr
     GATHER: gl.constexpr
+    ROWS: gl.constexpr
+    TILE: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
         self, pages, indptr, kv_lens, cu_seqlens_q, schedule, table_size, batch, s_q, queries,
         heads, max_kv_len, planned_kv_len, parts, PAGE_SIZE, CSR, RAGGED, CAUSAL, GATHER,
+        ROWS, TILE,
     ):  # fmt: skip
         self.pages = pages
         self.indptr = indptr
@@ -69,6 +75,8 @@ class Call:
         self.RAGGED = gl.constexpr(RAGGED)
         self.CAUSAL = gl.constexpr(CAUSAL)
         self.GATHER = gl.constexpr(GATHER)
+        self.ROWS = gl.constexpr(ROWS)
+        self.TILE = gl.constexpr(TILE)
 
     @gluon.jit
     def groups(self):
@@ -85,17 +93,17 @@ class Call:
     @gluon.jit
     def place(self, group):
         """(request of a group, the first of its rows that are this program's)."""
-        group_rows = gl.num_programs(0) * ROWS
+        group_rows = gl.num_programs(0) * self.ROWS
         lane = gl.program_id(0)
         if self.RAGGED:
             entry = self.schedule + HEADER + CUT * (self.parts + 1) + GROUP * group
             request = gl.minimum(gl.maximum(gl.load(entry), 0), self.batch - 1)
-            return request, gl.load(entry + 1) * group_rows + lane * ROWS
+            return request, gl.load(entry + 1) * group_rows + lane * self.ROWS
         else:
             # Zero, but not to the compiler: it would keep what follows from the rows in registers
             # from one group to the next.
             zero = group >> 30
-            return gl.minimum(group, self.batch - 1), lane * ROWS + zero
+            return gl.minimum(group, self.batch - 1), lane * self.ROWS + zero
 
     @gluon.jit
     def tokens(self, request):
@@ -124,22 +132,22 @@ class Call:
     @gluon.jit
     def begin(self, group, cuts):
         """First key of a piece."""
-        return gl.where(group == cuts[0], cuts[1], 0) * KEYS
+        return gl.where(group == cuts[0], cuts[1], 0) * self.TILE
 
     @gluon.jit
     def keys(self, group, cuts, request, first_row, reach):
         """(end of the keys that any row of a piece sees, end of those that all rows see, keys
         before the first query sees its own, whether the piece is the whole group)."""
         length = gl.maximum(gl.load(self.kv_lens + request), 0)
-        tiles = gl.cdiv(gl.minimum(length, self.planned_kv_len), KEYS)
+        tiles = gl.cdiv(gl.minimum(length, self.planned_kv_len), self.TILE)
         kv_len = gl.minimum(length, reach)
         end = gl.where(group == cuts[2], cuts[3], tiles)
-        end_key = gl.minimum(end * KEYS, kv_len)
+        end_key = gl.minimum(end * self.TILE, kv_len)
         _, s_q = self.tokens(request)
         before_queries = kv_len - s_q + 1
         seen_end = end_key
         if self.CAUSAL:
-            last_row = gl.minimum(first_row + (ROWS - 1), s_q * self.heads - 1)
+            last_row = gl.minimum(first_row + (self.ROWS - 1), s_q * self.heads - 1)
             end_key = gl.minimum(end_key, before_queries + last_row // self.heads)
             seen_end = gl.minimum(end_key, before_queries + first_row // self.heads)
         if self.RAGGED:
@@ -266,11 +274,11 @@ def store_rows(
 
 
 @gluon.jit
-def partial_row(is_first):
+def partial_row(call, is_first):
     """First row of this program's place among the partial results, for the piece that is the
     group's first, or continues an earlier one."""
     slot = 2 * gl.program_id(1) + is_first.to(gl.int32)
-    return slot * gl.num_programs(0) * ROWS + gl.program_id(0) * ROWS
+    return (slot * gl.num_programs(0) + gl.program_id(0)) * call.ROWS
 
 
 @gluon.jit

@@ -1,0 +1,237 @@
+"""Split-KV absorbed attention over a paged cache of e4m3 numbers, for Hopper, in Gluon.
+
+What: as `mla_triton.kernels.sm90.decode`, over a cache with one scale for all latents and one for
+all rotary keys. Where: capability 9.0 exactly.
+
+Work: program (lane, part) walks the groups of its part, with a tile of 16 or 32 rows, in three
+partitions: two warpgroups, each of which has every other block of 64 keys to itself, and one warp
+that loads bytes by TMA. `quantised_steps.py` says how bytes become products, and which barriers
+there are. Lanes of a part run side by side and share its keys through the L2.
+
+Budget at latent 512 + rope 64: queries 18 KiB for 16 rows, 36 for 32; 36 KiB for each block of keys
+in flight, of which there are `Config.slots`; 168 registers a thread as launched, 240 for a
+warpgroup (32 of output for every 8 rows) and 24 for the loader once they are apart.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from mla_triton.kernels.common.launch import TYPE_NAMES, Launch, Variant, View
+from mla_triton.kernels.common.tensors import DecodeTensors, strides
+from mla_triton.kernels.common.tiles import LOG2_E
+from mla_triton.kernels.sm90 import quantised_steps
+from mla_triton.kernels.sm90.decode_config import BLOCK, Config
+from mla_triton.kernels.sm90.gluon import GluonASTSource, gl, gluon
+from mla_triton.kernels.sm90.pieces import Call, barriers
+from mla_triton.plan import Geometry
+from mla_triton.problem import DecodeProblem
+
+REGISTERS_AT_LAUNCH = 168
+REGISTERS = gl.constexpr(240)
+"""Of a thread of a warpgroup, once the loader has given its own away."""
+LOADER_REGISTERS = gl.constexpr(24)
+READY = {
+    16: int(os.environ.get("R16", 2)),
+    32: int(os.environ.get("R32", 2)),
+    64: int(os.environ.get("R64", 0)),
+}
+"""Operands of latents that are made before the weights are there, by rows: what registers hold."""
+ARGUMENTS = (
+    ("q_nope", "*T"),
+    ("q_rope", "*T"),
+    ("scales", "*fp32"),
+    ("pages", "*i32"),
+    ("indptr", "*i32"),
+    ("kv_lens", "*i32"),
+    ("cu_seqlens_q", "*i32"),
+    ("schedule", "*i32"),
+    ("partial_out", "*fp32"),
+    ("partial_lse", "*fp32"),
+    ("out", "*T"),
+    ("lse", "*fp32"),
+    ("latent_map", "map of latents"),
+    ("rope_map", "map of rotary keys"),
+    ("q_nope_stride_b", "i64"),
+    ("q_nope_stride_s", "i64"),
+    ("q_nope_stride_h", "i64"),
+    ("q_rope_stride_b", "i64"),
+    ("q_rope_stride_s", "i64"),
+    ("q_rope_stride_h", "i64"),
+    ("out_stride_b", "i64"),
+    ("out_stride_s", "i64"),
+    ("out_stride_h", "i64"),
+    ("lse_stride_b", "i64"),
+    ("lse_stride_s", "i64"),
+    ("lse_stride_h", "i64"),
+    ("table_size", "i64"),
+    ("page_rows", "i32"),
+    ("rope_column", "i32"),
+    ("batch", "i32"),
+    ("s_q", "i32"),
+    ("queries", "i32"),
+    ("heads", "i32"),
+    ("max_kv_len", "i32"),
+    ("planned_kv_len", "i32"),
+    ("num_pages", "i32"),
+    ("parts", "i32"),
+    ("scale_log2", "fp32"),
+)
+ALIGNED = frozenset(
+    name
+    for name, _ in ARGUMENTS
+    if name in ("q_nope", "q_rope", "out", "partial_out", "rope_column")
+    or (name.startswith(("q_", "out_")) and "_stride_" in name)
+)
+CHUNK = quantised_steps.CHUNK.value
+_CHUNK, KEYS = quantised_steps.CHUNK, quantised_steps.KEYS
+_Shared, _attend, _load_bytes = (
+    quantised_steps.Shared,
+    quantised_steps.attend,
+    quantised_steps.load_bytes,
+)
+
+
+@gluon.jit
+def quantised_kernel(
+    q_nope, q_rope, scales, pages, indptr, kv_lens, cu_seqlens_q, schedule,
+    partial_out, partial_lse, out, lse, latent_map, rope_map,
+    q_nope_stride_b, q_nope_stride_s, q_nope_stride_h,
+    q_rope_stride_b, q_rope_stride_s, q_rope_stride_h,
+    out_stride_b, out_stride_s, out_stride_h, lse_stride_b, lse_stride_s, lse_stride_h,
+    table_size, page_rows, rope_column, batch, s_q, queries, heads, max_kv_len, planned_kv_len,
+    num_pages, parts, scale_log2,
+    VALUE: gl.constexpr, TAIL: gl.constexpr, PAGE_SIZE: gl.constexpr, CSR: gl.constexpr,
+    RAGGED: gl.constexpr, CAUSAL: gl.constexpr, ROWS: gl.constexpr, TILE: gl.constexpr,
+    SLOTS: gl.constexpr, READY: gl.constexpr,
+):  # fmt: skip
+    BYTES: gl.constexpr = gl.NVMMASharedLayout(128, 8, 2)
+    QUERY: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    WEIGHTS: gl.constexpr = gl.NVMMASharedLayout(2 * ROWS, 16, 2)
+    E4M3: gl.constexpr = latent_map.dtype
+    call = Call(
+        pages, indptr, kv_lens, cu_seqlens_q, schedule, table_size, batch, s_q, queries, heads,
+        max_kv_len, planned_kv_len, parts, PAGE_SIZE, CSR, RAGGED, CAUSAL, False, ROWS, TILE,
+    )  # fmt: skip
+    query = gl.allocate_shared_memory(gl.float16, [VALUE // _CHUNK, ROWS, _CHUNK], QUERY)
+    latent = gl.allocate_shared_memory(E4M3, [SLOTS, KEYS, VALUE], BYTES)
+    if TAIL > 0:
+        ROPE_BYTES: gl.constexpr = gl.NVMMASharedLayout(TAIL, 8, 2)
+        query_rope = gl.allocate_shared_memory(gl.float16, [1, ROWS, TAIL], QUERY)
+        rope = gl.allocate_shared_memory(E4M3, [1, KEYS, TAIL], ROPE_BYTES)
+    else:
+        query_rope = query
+        rope = latent
+    shared = _Shared(
+        query, query_rope, latent, rope,
+        gl.allocate_shared_memory(gl.float16, [1, KEYS, ROWS], WEIGHTS),
+        barriers(SLOTS, 1), barriers(SLOTS, 1), barriers(1, 1), barriers(1, 1),
+    )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (_attend, (
+                call, shared, q_nope, q_rope, scales, out, lse, partial_out, partial_lse,
+                scale_log2, q_nope_stride_b, q_nope_stride_s, q_nope_stride_h,
+                q_rope_stride_b, q_rope_stride_s, q_rope_stride_h,
+                out_stride_b, out_stride_s, out_stride_h,
+                lse_stride_b, lse_stride_s, lse_stride_h, VALUE, TAIL, SLOTS, READY,
+            )),
+            (_load_bytes, (
+                call, shared, latent_map, rope_map, rope_column, page_rows, num_pages, VALUE,
+                TAIL, SLOTS,
+            )),
+        ],
+        [1],
+        [LOADER_REGISTERS],
+    )  # fmt: skip
+
+
+def variant(problem: DecodeProblem, config: Config, geometry: Geometry) -> Variant:
+    """The kernel for a problem: everything but sizes that change from step to step is constant."""
+    box = min(BLOCK, problem.page_size, geometry.kv_tile)
+    kinds = {
+        "*T": f"*{TYPE_NAMES[problem.dtype]}",
+        "map of latents": map_type(box, problem.value_dim, CHUNK),
+        "map of rotary keys": map_type(box, problem.key_tail or CHUNK, problem.key_tail or CHUNK),
+    }
+    return Variant(
+        quantised_kernel,
+        tuple((name, kinds.get(kind, kind)) for name, kind in ARGUMENTS),
+        (
+            ("VALUE", problem.value_dim),
+            ("TAIL", problem.key_tail),
+            ("PAGE_SIZE", problem.page_size),
+            ("CSR", problem.csr),
+            ("RAGGED", problem.ragged),
+            ("CAUSAL", problem.causal),
+            ("ROWS", geometry.row_tile),
+            ("TILE", geometry.kv_tile),
+            ("SLOTS", 2),
+            ("READY", READY[geometry.row_tile]),
+        ),
+        ALIGNED,
+        num_warps=8,
+        programmatic=True,
+        max_registers=REGISTERS_AT_LAUNCH,
+        source=GluonASTSource,
+    )
+
+
+def map_type(rows: int, columns: int, swizzle: int) -> str:
+    """What Triton calls a TMA descriptor of boxes of bytes."""
+    layout = gl.NVMMASharedLayout(swizzle, 8, 2)
+    return f"tensordesc<fp8e4nv[{rows}, {columns}],{layout!r}>"
+
+
+def maps(problem: DecodeProblem, tensors: DecodeTensors) -> list[View]:
+    """Latents and rotary keys, each as one row of slots, whatever page they are in."""
+    last_page = tensors.ckv.shape[0] - 1
+    rows = last_page * problem.page_slots + problem.page_size
+    latents = View(tensors.ckv, (rows, problem.value_dim), (problem.ckv_stride_slot, 1))
+    if tensors.kpe is None:
+        return [latents, View(tensors.ckv, (rows, problem.key_dim), latents.strides)]
+    return [latents, View(tensors.kpe, (rows, problem.rope), (problem.kpe_stride_slot, 1))]
+
+
+def arguments(problem: DecodeProblem, geometry: Geometry, tensors: DecodeTensors) -> list[Any]:
+    """The run-time arguments, in the order of `ARGUMENTS`."""
+    t = tensors
+    return [
+        t.q_nope,
+        t.q_rope,
+        t.scales,
+        t.pages,
+        t.indptr,
+        t.kv_lens,
+        t.cu_seqlens_q,
+        t.schedule,
+        t.partial_out,
+        t.partial_lse,
+        t.out,
+        t.lse,
+        *maps(problem, t),
+        *strides(t.q_nope, problem.ragged),
+        *strides(t.q_rope, problem.ragged),
+        *strides(t.out, problem.ragged),
+        *strides(t.lse, problem.ragged),
+        t.pages.shape[0] if problem.csr else t.pages.stride(0),
+        problem.page_slots,
+        problem.value_dim if problem.fused else 0,
+        problem.batch,
+        problem.s_q or 0,
+        problem.queries,
+        problem.heads,
+        min(problem.max_kv_len, t.planned_kv_len),
+        t.planned_kv_len,
+        problem.num_pages,
+        geometry.parts,
+        t.softmax_scale * LOG2_E,
+    ]
+
+
+def launch(
+    launcher: Launch, problem: DecodeProblem, geometry: Geometry, tensors: DecodeTensors
+) -> None:
+    """Writes `out` and `lse`, or partial results where the schedule cuts a group."""
+    launcher((geometry.lanes, geometry.parts, 1), arguments(problem, geometry, tensors))
