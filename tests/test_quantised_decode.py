@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import mla_triton
-from mla_triton import LatentCache, testing
-from mla_triton.cache import FP8_DS_MLA
+from mla_triton import testing
 from mla_triton.cache.quantise import dequantise
 
 FORMS = {
@@ -24,6 +23,15 @@ def inputs_of(form, **changes):
     return testing.decode_inputs(
         **{"kv_lens": [70, 0, 33], "s_q": 2, "heads": 4, "page_size": 16} | FORMS[form] | changes
     )
+
+
+FORMS_BY_DTYPE = [
+    (form, dtype)
+    for form in FORMS
+    for dtype in (torch.float16, torch.bfloat16)
+    # Their rotary keys are bfloat16, and so must the queries be.
+    if dtype == torch.bfloat16 or form not in ("656", "584")
+]
 
 
 def dequantised(inputs):
@@ -56,3 +64,33 @@ def test_the_reference_serves_every_form(form):
     state = mla_triton.decode(*arguments, **options, impl="reference")
     report = testing.compare(state, inputs, testing.decode_budget(inputs))
     assert report.ok, report.message
+
+
+@pytest.mark.parametrize(("form", "dtype"), FORMS_BY_DTYPE, ids=str)
+def test_the_portable_kernel_reads_every_form(form, dtype):
+    inputs = inputs_of(form, dtype=dtype)
+    arguments, options = inputs.call_arguments()
+    state = mla_triton.decode(*arguments, **options, **inputs.output_buffers(), impl="portable")
+    testing.assert_within_budget(state, inputs)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"q_lens": (3, 0, 17), "heads": 3},
+        {"table": "csr", "page_size": 1},
+        {"page_size": 48},
+        {"strided": True, "s_q": 1},
+        {"strided": 3, "heads": 1},
+        {"causal": False, "s_q": 3, "heads": 33},
+        {"logits": "large"},
+        {"logits": "dominant_key", "kv_lens": [200, 1, 64]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_way_to_call(form, changes):
+    inputs = inputs_of(form, **changes)
+    arguments, options = inputs.call_arguments()
+    state = mla_triton.decode(*arguments, **options, **inputs.output_buffers(), impl="portable")
+    testing.assert_within_budget(state, inputs)

@@ -18,15 +18,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mla_triton.device import Device
-from mla_triton.kernels.common.launch import TYPE_NAMES, Launch, Variant, emulates_bf16
+from mla_triton.kernels.common.launch import (
+    ALIGNMENT,
+    TYPE_NAMES,
+    Launch,
+    Variant,
+    emulates_bf16,
+)
 from mla_triton.kernels.common.paged import (
     first_page_ids,
-    key_rows,
     next_page_ids,
     request_keys,
     request_pages,
@@ -38,10 +44,8 @@ from mla_triton.kernels.common.tiles import (
     LN_2,
     LOG2_E,
     LOWEST,
-    dot,
     finish_softmax,
     narrow,
-    online_softmax_update,
 )
 from mla_triton.kernels.portable.decode_config import (
     KV_TILE,
@@ -51,12 +55,28 @@ from mla_triton.kernels.portable.decode_config import (
     choose,
     geometry,
     heuristic,
+    is_ordered,
     is_valid,
     precision,
+    rope_is_apart_inside,
     row_tile,
     search_space,
     tuning_point,
     why_not,
+)
+from mla_triton.kernels.portable.decode_steps import attend, edge_block, load_queries
+from mla_triton.kernels.portable.tiles16 import (
+    BYTES,
+    GROUPS,
+    NATIVE,
+    ONE_SCALE,
+    SAME,
+    WORDS,
+    as_bytes,
+    as_half_rows,
+    column_order,
+    factor_of,
+    key_order,
 )
 from mla_triton.plan import Geometry
 from mla_triton.problem import DecodeProblem
@@ -83,6 +103,7 @@ ARGUMENTS = (
     ("q_rope", "*T"),
     ("ckv", "*T"),
     ("kpe", "*T"),
+    ("scales", "*S"),
     ("pages", "*i32"),
     ("indptr", "*i32"),
     ("kv_lens", "*i32"),
@@ -100,6 +121,7 @@ ARGUMENTS = (
     ("q_rope_stride_h", "i64"),
     ("ckv_stride_page", "i64"),
     ("kpe_stride_page", "i64"),
+    ("scales_stride_page", "i64"),
     ("out_stride_b", "i64"),
     ("out_stride_s", "i64"),
     ("out_stride_h", "i64"),
@@ -126,136 +148,26 @@ ALIGNED = frozenset(
 
 
 @triton.jit
-def load_queries(
-    q_nope, q_rope, request, first_token, first_row, tile_rows, mask, heads,
-    nope_stride_b, nope_stride_s, nope_stride_h, rope_stride_b, rope_stride_s, rope_stride_h,
-    VALUE: tl.constexpr, NOPE: tl.constexpr, TAIL: tl.constexpr, ROPE_IN_VALUE: tl.constexpr,
-    NOPE_STEP: tl.constexpr, ROPE_STEP: tl.constexpr,
-):  # fmt: skip
-    """(columns of the queries that meet the latent, columns that meet the rotary keys behind it).
-
-    Where the value holds the rotary keys, all columns meet the latent, and are returned twice.
-    """
-    columns = tl.arange(0, VALUE)[None, :]
-    nope_rows = row_pointers(
-        q_nope, request, first_token, first_row, tile_rows, heads,
-        nope_stride_b, nope_stride_s, nope_stride_h, NOPE_STEP,
-    )[:, None]  # fmt: skip
-    if TAIL == 0 and not ROPE_IN_VALUE:
-        q_value = tl.load(nope_rows + columns, mask=mask[:, None], other=0.0)
-        return q_value, q_value
-    else:
-        rope_rows = row_pointers(
-            q_rope, request, first_token, first_row, tile_rows, heads,
-            rope_stride_b, rope_stride_s, rope_stride_h, ROPE_STEP,
-        )[:, None]  # fmt: skip
-        if ROPE_IN_VALUE:
-            # One load from either address, not a choice of two loads: what is loaded can go to
-            # shared memory, what is computed stays in registers throughout the key loop.
-            address = tl.where(columns < NOPE, nope_rows + columns, rope_rows + (columns - NOPE))
-            q_value = tl.load(address, mask=mask[:, None], other=0.0)
-            return q_value, q_value
-        else:
-            q_value = tl.load(nope_rows + columns, mask=mask[:, None], other=0.0)
-            tail_columns = tl.arange(0, TAIL)[None, :]
-            return q_value, tl.load(rope_rows + tail_columns, mask=mask[:, None], other=0.0)
-
-
-@triton.jit
-def attend(
-    q_value, q_tail, running_max, running_sum, accumulator,
-    ckv, kpe, page, block, end_key, visible_end, ckv_stride_page, kpe_stride_page, num_pages,
-    scale_log2,
-    VALUE: tl.constexpr, TAIL: tl.constexpr, FUSED: tl.constexpr,
-    CKV_SLOT: tl.constexpr, KPE_SLOT: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    KEYS: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
-):  # fmt: skip
-    """The online softmax over one block of `KEYS` keys: its new (maximum, sum, accumulator).
-
-    Without `MASKED` every row sees every key of the block.
-    """
-    ONE_PAGE: tl.constexpr = PAGE_SIZE % KEYS == 0
-    block_keys = tl.arange(0, KEYS)
-    value_columns = tl.arange(0, VALUE)
-    ckv_rows = key_rows(
-        ckv, page, block, block_keys, ckv_stride_page, num_pages, CKV_SLOT, PAGE_SIZE, ONE_PAGE
-    )
-    key_inside = block_keys < end_key - block
-    if MASKED:
-        # Keys past the end are zero, not hidden alone: 0 x NaN would reach the sum over V.
-        latent = tl.load(
-            ckv_rows[:, None] + value_columns[None, :], mask=key_inside[:, None], other=0.0
-        )
-    else:
-        latent = tl.load(ckv_rows[:, None] + value_columns[None, :])
-    scores = dot(
-        q_value,
-        tl.trans(latent),
-        tl.zeros([q_value.shape[0], KEYS], tl.float32),
-        PRECISION,
-        EMULATE_BF16,
-    )
-    if TAIL > 0:
-        tail_columns = tl.arange(0, TAIL)
-        if FUSED:
-            kpe_rows = ckv_rows + VALUE
-        else:
-            kpe_rows = key_rows(
-                kpe, page, block, block_keys, kpe_stride_page, num_pages, KPE_SLOT, PAGE_SIZE,
-                ONE_PAGE,
-            )  # fmt: skip
-        if MASKED:
-            rope_key = tl.load(
-                kpe_rows[:, None] + tail_columns[None, :], mask=key_inside[:, None], other=0.0
-            )
-        else:
-            rope_key = tl.load(kpe_rows[:, None] + tail_columns[None, :])
-        scores = dot(q_tail, tl.trans(rope_key), scores, PRECISION, EMULATE_BF16)
-    scores = scores * scale_log2
-    if MASKED:
-        visible = key_inside[None, :]
-        if CAUSAL:
-            visible = visible & ((block + block_keys)[None, :] < visible_end[:, None])
-        scores = tl.where(visible, scores, float("-inf"))
-    running_max, running_sum, rescale, probabilities = online_softmax_update(
-        scores, running_max, running_sum
-    )
-    accumulator = dot(
-        narrow(probabilities, latent.dtype, EMULATE_BF16),
-        latent,
-        accumulator * rescale[:, None],
-        PRECISION,
-        EMULATE_BF16,
-    )
-    return running_max, running_sum, accumulator
-
-
-@triton.jit
-def edge_block(begin_key, step, whole_begin, whole_end):
-    """First key of a step over the keys of a piece that are not in `[whole_begin, whole_end)`."""
-    block = begin_key + step
-    return tl.where(block >= whole_begin, block + (whole_end - whole_begin), block)
-
-
-@triton.jit
 def decode_kernel(
-    q_nope, q_rope, ckv, kpe, pages, indptr, kv_lens, cu_seqlens_q, schedule,
+    q_nope, q_rope, ckv, kpe, scales, pages, indptr, kv_lens, cu_seqlens_q, schedule,
     partial_out, partial_lse, out, lse,
     q_nope_stride_b, q_nope_stride_s, q_nope_stride_h,
     q_rope_stride_b, q_rope_stride_s, q_rope_stride_h,
-    ckv_stride_page, kpe_stride_page,
+    ckv_stride_page, kpe_stride_page, scales_stride_page,
     out_stride_b, out_stride_s, out_stride_h, lse_stride_b, lse_stride_s, lse_stride_h,
     table_size, batch, s_q, queries, heads, max_kv_len, planned_kv_len,
     num_pages, parts, scale_log2,
     VALUE: tl.constexpr, NOPE: tl.constexpr, TAIL: tl.constexpr, ROPE_IN_VALUE: tl.constexpr,
     FUSED: tl.constexpr, CKV_SLOT: tl.constexpr, KPE_SLOT: tl.constexpr,
+    STORED: tl.constexpr, LATENT: tl.constexpr, SCALED: tl.constexpr, SCALES_SLOT: tl.constexpr,
+    KPE_UNIT: tl.constexpr, DECODE: tl.constexpr,
     NOPE_STEP: tl.constexpr, ROPE_STEP: tl.constexpr,
     OUT_STEP: tl.constexpr, LSE_STEP: tl.constexpr,
     PAGE_SIZE: tl.constexpr, CSR: tl.constexpr, RAGGED: tl.constexpr, CAUSAL: tl.constexpr,
     FULL_TILES: tl.constexpr, KV_TILE: tl.constexpr, ROW_TILE: tl.constexpr,
     BLOCK_N: tl.constexpr, EDGE: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr, PROGRAMMATIC: tl.constexpr,
+    ORDERED: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     # What the kernel before this one writes is there now, and the merge may take its place.
     if PROGRAMMATIC:
@@ -271,6 +183,15 @@ def decode_kernel(
     block_keys = tl.arange(0, BLOCK_N)
     edge_keys = tl.arange(0, EDGE)
     value_columns = tl.arange(0, VALUE)
+    if LATENT < VALUE:
+        tail_columns = tl.arange(0, TAIL)
+    kpe_stride_page *= KPE_UNIT
+    if STORED != SAME:
+        ckv = as_bytes(ckv, DECODE)
+    if STORED == ONE_SCALE and not FUSED:
+        kpe = as_bytes(kpe, DECODE)
+    # float16 is multiplied, whatever the queries are.
+    EMULATE: tl.constexpr = EMULATE_BF16 and STORED != ONE_SCALE
 
     cuts = schedule + HEADER + CUT * part
     first_group = tl.load(cuts)
@@ -333,18 +254,36 @@ def decode_kernel(
             VALUE, NOPE, TAIL, ROPE_IN_VALUE, NOPE_STEP, ROPE_STEP,
         )  # fmt: skip
         visible_end = before_queries + (first_row + tile_rows) // heads
+        value_factor, tail_factor = scale_log2, scale_log2
+        if ORDERED:
+            q_value = key_order(q_value)
+        if STORED == ONE_SCALE:
+            value_scale = factor_of(tl.load(scales), DECODE)
+            q_value, value_factor = as_half_rows(q_value)
+            value_factor = value_factor * value_scale * scale_log2
+            tail_factor = value_factor
+            if TAIL > 0:
+                tail_scale = factor_of(tl.load(scales + 1), DECODE)
+                q_tail, tail_factor = as_half_rows(q_tail)
+                tail_factor = tail_factor * tail_scale * scale_log2
 
         running_max = tl.full([ROW_TILE], LOWEST, tl.float32)
         running_sum = tl.zeros([ROW_TILE], tl.float32)
         accumulator = tl.zeros([ROW_TILE, VALUE], tl.float32)
+        tail_accumulator = 0.0
+        if LATENT < VALUE:
+            tail_accumulator = tl.zeros([ROW_TILE, TAIL], tl.float32)
         for block in tl.range(
             whole_begin, whole_end, BLOCK_N, num_stages=STAGES, disable_licm=OUT_STEP == 0
         ):
-            running_max, running_sum, accumulator = attend(
-                q_value, q_tail, running_max, running_sum, accumulator,
-                ckv, kpe, page, block, end_key, visible_end, ckv_stride_page, kpe_stride_page,
-                num_pages, scale_log2, VALUE, TAIL, FUSED, CKV_SLOT, KPE_SLOT, PAGE_SIZE,
-                BLOCK_N, False, CAUSAL, PRECISION, EMULATE_BF16,
+            running_max, running_sum, accumulator, tail_accumulator = attend(
+                q_value, q_tail, running_max, running_sum, accumulator, tail_accumulator,
+                ckv, kpe, scales, page, block, end_key, visible_end,
+                ckv_stride_page, kpe_stride_page, scales_stride_page, num_pages,
+                value_factor, tail_factor, VALUE, TAIL, FUSED, CKV_SLOT, KPE_SLOT, PAGE_SIZE,
+                STORED, LATENT, SCALED, SCALES_SLOT, DECODE,
+                BLOCK_N, False, CAUSAL, PRECISION, EMULATE,
+                ORDERED, CHUNKS,
             )  # fmt: skip
             # The next page id is on its way while this block is computed: an indirect load inside
             # the step would cost a stage of the pipeline.
@@ -353,11 +292,14 @@ def decode_kernel(
             )
         for step in tl.range(0, edge_end, EDGE, num_stages=STAGES, disable_licm=True):
             block = edge_block(begin_key, step, whole_begin, whole_end)
-            running_max, running_sum, accumulator = attend(
-                q_value, q_tail, running_max, running_sum, accumulator,
-                ckv, kpe, edge_page, block, end_key, visible_end, ckv_stride_page, kpe_stride_page,
-                num_pages, scale_log2, VALUE, TAIL, FUSED, CKV_SLOT, KPE_SLOT, PAGE_SIZE,
-                EDGE, True, CAUSAL, PRECISION, EMULATE_BF16,
+            running_max, running_sum, accumulator, tail_accumulator = attend(
+                q_value, q_tail, running_max, running_sum, accumulator, tail_accumulator,
+                ckv, kpe, scales, edge_page, block, end_key, visible_end,
+                ckv_stride_page, kpe_stride_page, scales_stride_page, num_pages,
+                value_factor, tail_factor, VALUE, TAIL, FUSED, CKV_SLOT, KPE_SLOT, PAGE_SIZE,
+                STORED, LATENT, SCALED, SCALES_SLOT, DECODE,
+                EDGE, True, CAUSAL, PRECISION, EMULATE,
+                ORDERED, CHUNKS,
             )  # fmt: skip
             following = edge_block(begin_key, step + EDGE, whole_begin, whole_end)
             edge_page = next_page_ids(
@@ -365,6 +307,15 @@ def decode_kernel(
             )
 
         result, lse_log2 = finish_softmax(accumulator, running_max, running_sum)
+        if ORDERED:
+            result = column_order(result, CHUNKS)
+        if STORED == ONE_SCALE:
+            # A row that saw nothing is 0 whatever the scale is.
+            result = tl.where((running_sum == 0.0)[:, None], 0.0, result * value_scale)
+        result_inside = row_inside[:, None]
+        if LATENT < VALUE:
+            tail_result, _ = finish_softmax(tail_accumulator, running_max, running_sum)
+            result_inside = result_inside & (value_columns < LATENT)[None, :]
         if (begin == 0) & (end == tiles):
             out_rows = row_pointers(
                 out, request, first_token, first_row, tile_rows, heads,
@@ -377,8 +328,14 @@ def decode_kernel(
             tl.store(
                 out_rows[:, None] + value_columns[None, :],
                 narrow(result, out.dtype.element_ty, EMULATE_BF16),
-                mask=row_inside[:, None],
+                mask=result_inside,
             )
+            if LATENT < VALUE:
+                tl.store(
+                    out_rows[:, None] + (LATENT + tail_columns)[None, :],
+                    narrow(tail_result, out.dtype.element_ty, EMULATE_BF16),
+                    mask=row_inside[:, None],
+                )
             tl.store(lse_rows, lse_log2 * LN_2, mask=row_inside)
         else:
             # Only a part's first group can continue an earlier part, and only its last can begin
@@ -390,26 +347,41 @@ def decode_kernel(
                 + first_partial * VALUE
                 + (tile_rows[:, None] * VALUE + value_columns[None, :]),
                 result,
-                mask=row_inside[:, None],
+                mask=result_inside,
                 eviction_policy="evict_last",
             )
+            if LATENT < VALUE:
+                tl.store(
+                    partial_out
+                    + first_partial * VALUE
+                    + (tile_rows[:, None] * VALUE + (LATENT + tail_columns)[None, :]),
+                    tail_result,
+                    mask=row_inside[:, None],
+                    eviction_policy="evict_last",
+                )
             tl.store(partial_lse + first_partial + tile_rows, lse_log2, mask=row_inside)
 
 
 def variant(problem: DecodeProblem, config: Config, geometry: Geometry, device: Device) -> Variant:
     """The kernel for a problem: everything but sizes that change from step to step is constant."""
-    pointer = f"*{TYPE_NAMES[problem.dtype]}"
+    storage, is_apart = problem.storage, rope_is_apart_inside(problem)
     return Variant(
         decode_kernel,
-        tuple((name, pointer if kind == "*T" else kind) for name, kind in ARGUMENTS),
+        tuple(argument_types(problem, device).items()),
         (
             ("VALUE", problem.value_dim),
             ("NOPE", problem.latent),
-            ("TAIL", problem.key_tail),
-            ("ROPE_IN_VALUE", problem.rope_in_value),
+            ("TAIL", problem.rope if is_apart else problem.key_tail),
+            ("ROPE_IN_VALUE", problem.rope_in_value and not is_apart),
             ("FUSED", problem.fused),
             ("CKV_SLOT", problem.ckv_stride_slot),
             ("KPE_SLOT", problem.kpe_stride_slot),
+            ("STORED", stored_as(problem)),
+            ("LATENT", problem.latent if is_apart else problem.value_dim),
+            ("SCALED", storage.group if storage is not None else 0),
+            ("SCALES_SLOT", storage.scales_stride_slot if storage is not None else 0),
+            ("KPE_UNIT", kpe_unit(problem)),
+            ("DECODE", decoding(device)),
             ("NOPE_STEP", problem.row_steps.q_nope),
             ("ROPE_STEP", problem.row_steps.q_rope),
             ("OUT_STEP", problem.row_steps.out),
@@ -428,12 +400,53 @@ def variant(problem: DecodeProblem, config: Config, geometry: Geometry, device: 
             ("PRECISION", precision(problem, device)),
             ("EMULATE_BF16", emulates_bf16(problem.dtype, device)),
             ("PROGRAMMATIC", device.has_programmatic_launch),
+            ("ORDERED", is_ordered(problem, geometry.row_tile, device)),
+            ("CHUNKS", 8 * config.num_warps),
         ),
-        ALIGNED if problem.aligned else frozenset({"partial_out"}),
+        aligned_arguments(problem),
         config.num_warps,
         config.num_stages,
         programmatic=device.has_programmatic_launch,
     )
+
+
+def argument_types(problem: DecodeProblem, device: Device) -> dict[str, str]:
+    """Triton's types of the run-time arguments, by name."""
+    pointer = f"*{TYPE_NAMES[problem.dtype]}"
+    types = {name: pointer if kind == "*T" else kind for name, kind in ARGUMENTS}
+    storage = problem.storage
+    types["scales"] = "*u8" if storage is not None and storage.scale == torch.uint8 else "*fp32"
+    if storage is not None:
+        numbers = "*fp8e4nv" if decoding(device) == NATIVE else "*u8"
+        types["ckv"] = numbers
+        if not storage.group:
+            types["kpe"] = numbers
+    return types
+
+
+def aligned_arguments(problem: DecodeProblem) -> frozenset[str]:
+    """Those that are promised to be multiples of `ALIGNMENT`."""
+    if not problem.aligned:
+        return frozenset({"partial_out"})
+    return ALIGNED if problem.storage is None else ALIGNED - {"kpe_stride_page"}
+
+
+def stored_as(problem: DecodeProblem) -> str:
+    if problem.storage is None:
+        return SAME.value
+    return GROUPS.value if problem.storage.group else ONE_SCALE.value
+
+
+def kpe_unit(problem: DecodeProblem) -> int:
+    """What `kpe_stride_page` is given in: rows of 16 bytes may be 8 numbers apart."""
+    return ALIGNMENT // 2 if problem.storage is not None and problem.aligned else 1
+
+
+def decoding(device: Device) -> str:
+    """How e4m3 becomes float16 on a card."""
+    if device.has_fp8:
+        return NATIVE
+    return BYTES if device.backend == "interpreter" else WORDS
 
 
 def arguments(problem: DecodeProblem, geometry: Geometry, tensors: DecodeTensors) -> list[Any]:
@@ -444,6 +457,7 @@ def arguments(problem: DecodeProblem, geometry: Geometry, tensors: DecodeTensors
         t.q_rope,
         t.ckv,
         t.kpe,
+        t.scales,
         t.pages,
         t.indptr,
         t.kv_lens,
@@ -456,7 +470,8 @@ def arguments(problem: DecodeProblem, geometry: Geometry, tensors: DecodeTensors
         *strides(t.q_nope, problem.ragged),
         *strides(t.q_rope, problem.ragged),
         t.ckv.stride(0),
-        0 if t.kpe is None else t.kpe.stride(0),
+        0 if t.kpe is None else t.kpe.stride(0) // kpe_unit(problem),
+        0 if t.scales is None or t.scales.dim() == 1 else t.scales.stride(0),
         *strides(t.out, problem.ragged),
         *strides(t.lse, problem.ragged),
         t.pages.shape[0] if problem.csr else t.pages.stride(0),

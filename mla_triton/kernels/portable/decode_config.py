@@ -49,12 +49,39 @@ def key_tile_bytes(problem: DecodeProblem, block_n: int) -> int:
     return block_n * problem.key_dim * problem.dtype.itemsize
 
 
+def stored_tile_bytes(problem: DecodeProblem, block_n: int) -> int:
+    """Of keys as a quantised cache has them, scales included."""
+    storage = problem.storage
+    assert storage is not None
+    if not storage.group:
+        return block_n * problem.key_dim
+    # A tile of latents is as wide as the value, even where the last columns lie elsewhere.
+    groups = problem.value_dim // storage.group
+    rope = problem.rope * problem.dtype.itemsize if not problem.fused else 0
+    return block_n * (problem.value_dim + groups * storage.scale.itemsize + rope)
+
+
+def rope_is_apart_inside(problem: DecodeProblem) -> bool:
+    """Whether the value holds rotary keys that lie in a tensor of their own."""
+    return problem.rope_in_value and not problem.fused
+
+
+def is_ordered(problem: DecodeProblem, rows: int, device: Device) -> bool:
+    """Whether columns are multiplied in an order in which e4m3 is read from shared memory in wide
+    pieces: where the matrix instructions take operands from registers (mma.sync)."""
+    if problem.storage is None or device.backend == "hip":
+        return False
+    return rows < 64 or not (device.has_wgmma or device.has_tcgen05)
+
+
 def shared_memory(config: Config, problem: DecodeProblem, device: Device, row_tile: int) -> int:
     """Bytes of shared memory a program takes, as Triton 3.6 lays it out: an upper estimate.
 
     `tests/test_compile.py` holds it against the machine code of every heuristic config.
     """
     item = problem.dtype.itemsize
+    if problem.storage is not None:
+        return quantised_shared_memory(config, problem, device, row_tile)
     tile = key_tile_bytes(problem, config.block_n)
     queries = row_tile * problem.key_dim * item
     probabilities = row_tile * config.block_n * item
@@ -78,17 +105,43 @@ def shared_memory(config: Config, problem: DecodeProblem, device: Device, row_ti
     return tile * in_flight + queries + probabilities + SCRATCH
 
 
+def quantised_shared_memory(
+    config: Config, problem: DecodeProblem, device: Device, row_tile: int
+) -> int:
+    """The same over a quantised cache: what is in flight, and, where operands are not made in
+    registers, the tile as it is multiplied."""
+    item = problem.dtype.itemsize
+    stored = stored_tile_bytes(problem, config.block_n)
+    queries = row_tile * (problem.key_dim + problem.value_dim - problem.latent) * item
+    probabilities = row_tile * config.block_n * item
+    whole = key_tile_bytes(problem, config.block_n)
+    if device.backend == "hip":
+        # In flight in registers. Queries pass through before the first keys come.
+        return max(whole, queries) + probabilities + SCRATCH
+    in_flight = max(1, config.num_stages - 1)
+    if not problem.aligned:
+        # Too narrow for an asynchronous copy: through registers, and a copy for either product.
+        in_flight += 1
+    if is_ordered(problem, row_tile, device):
+        return stored * in_flight + queries + probabilities + SCRATCH
+    if device.has_tcgen05:
+        # Keys and values in layouts of their own.
+        whole *= 2
+    return stored * in_flight + whole + queries + probabilities + SCRATCH
+
+
 def why_not(problem: DecodeProblem, device: Device) -> str | None:
     """The reason this implementation cannot take a problem, or None."""
     if not device.runs_triton:
         return "the tensors are on the CPU and Triton's interpreter is off (TRITON_INTERPRET=1)"
     if device.capability is not None and device.capability < (8, 0):
         return f"it needs capability 8.0 or later, this card has {device.label}"
-    if problem.storage is not None:
-        return "it reads caches of the queries' dtype"
     if not 16 <= problem.value_dim <= 512 or problem.value_dim & (problem.value_dim - 1):
         return f"value_dim must be a power of two in [16, 512], got {problem.value_dim}"
-    tail = problem.key_tail
+    storage = problem.storage
+    if storage is not None and storage.group & (storage.group - 1):
+        return f"a scale must be of a power of two columns, got {storage.group}"
+    tail = problem.rope if rope_is_apart_inside(problem) else problem.key_tail
     if tail and (not 16 <= tail <= 128 or tail & (tail - 1)):
         return f"the rotary key must have 0, 16, 32, 64 or 128 columns, got {tail}"
     return None
@@ -174,6 +227,15 @@ def candidates(problem: DecodeProblem, device: Device, rows: int) -> list[tuple[
         return [
             (Config(32, 8, 2), "misaligned rows pass through registers: 8 warps have more of them"),
             (Config(16, 8, 2), "half the keys where shared memory is short"),
+        ]
+    if problem.storage is not None:
+        if rows == 64 and device.has_wgmma:
+            return [(Config(64, 8, 2), "wgmma: one program an SM, its next tile in flight")]
+        if rows == 64:
+            return [(Config(32, 8, 2), "8 warps keep 64 rows in registers")]
+        return [
+            (Config(64, 8, 3) if rows == 16 else Config(32, 8, 3), "8 warps share the conversion"),
+            (Config(32, 8, 2), "one tile in flight where shared memory is short"),
         ]
     # The keys of a block come from several pages: each key has an address of its own to keep.
     scattered = problem.page_size % 64 != 0
