@@ -19,12 +19,13 @@ def made(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def problem_of(cache: torch.Tensor | LatentCache, rope: int = ROPE) -> DecodeProblem:
     """A call of one request over a cache, as far as the host knows it."""
-    ckv, kpe = validate.unpack_cache(cache)
+    ckv, kpe, scales = validate.unpack_cache(cache)
     return validate.decode(
         made(1, 1, 20, LATENT),
         made(1, 1, 20, rope) if rope else None,
         ckv,
         kpe,
+        scales,
         made(1, 2, dtype=torch.int32),
         None,
         made(1, dtype=torch.int32),

@@ -348,10 +348,10 @@ def test_alignment_is_part_of_a_call(offset):
     base = -memory.data_ptr() % 16 // 2
     moved = memory[base + offset :][: given["q_nope"].numel()].view(given["q_nope"].shape)
     moved.copy_(given["q_nope"])
-    ckv, kpe = validate.unpack_cache(given["cache"])
+    ckv, kpe, scales = validate.unpack_cache(given["cache"])
     out = torch.empty_like(given["q_nope"])
     problem = validate.decode(
-        moved, given["q_rope"], ckv, kpe, given["page_table"], None, given["kv_lens"], None,
+        moved, given["q_rope"], ckv, kpe, scales, given["page_table"], None, given["kv_lens"], None,
         out, torch.empty(out.shape[:-1]), softmax_scale=1.0, causal=True, value_dim=None,
         max_kv_len=None, allow_tf32=False,
     )  # fmt: skip

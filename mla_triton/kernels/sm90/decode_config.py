@@ -101,7 +101,8 @@ def is_valid(
     if reason is not None:
         return False, reason
     if rows is not None and rows not in row_tiles(problem):
-        return False, f"its tile has {row_tiles(problem)} rows, got {rows}"
+        tiles = " or ".join(map(str, row_tiles(problem)))
+        return False, f"its tile has {tiles} rows, got {rows}"
     if config.blocks not in (1, 2):
         return False, f"blocks must be 1 or 2, got {config.blocks}"
     if config.blocks == 2 and problem.storage is not None:
