@@ -131,7 +131,7 @@ class BatchMLAPagedAttentionWrapper:
                 rule = f"be [batch + 1] = [{count}] or longer"
                 fail(ValueError, name, rule, f"shape {tuple(given.shape)}")
         qo_indptr, kv_indptr = qo_indptr[:count], kv_indptr[:count]
-        s_q = self._as_captured(_common_step(qo_indptr.tolist()))
+        s_q = self._as_captured(qo_indptr.tolist())
         if self._use_cuda_graph:
             self._check_room(kv_indices, kv_len_arr)
             self._cu_seqlens_q.copy_(qo_indptr)
@@ -282,15 +282,22 @@ class BatchMLAPagedAttentionWrapper:
             lse=divided("lse", lse),
         )
 
-    def _as_captured(self, s_q: int | None) -> int | None:
-        """Query tokens of each request for the next run; ValueError where a captured one has
-        another number in its kernels. One that was captured ragged reads it, and stays so."""
-        if not self._is_captured or self._s_q is None:
-            return None if self._is_captured else s_q
-        if s_q != self._s_q:
+    def _as_captured(self, bounds: list[int]) -> int | None:
+        """Query tokens of each request for the next run, None where they differ.
+
+        A run that was captured with one number has it in its kernels; one that was captured ragged
+        reads it, and stays ragged. Raises ValueError where a replay would not follow.
+        """
+        s_q = _common_step(bounds)
+        if not self._is_captured:
+            return s_q
+        if self._s_q is not None and s_q != self._s_q:
             rule = f"give each request the {self._s_q} query tokens of the captured run"
             fail(ValueError, "qo_indptr", rule, "others" if s_q is None else s_q)
-        return s_q
+        if self._plan is not None and bounds[-1] > self._plan.problem.queries:
+            rule = f"end within the {self._plan.problem.queries} tokens of the captured run"
+            fail(ValueError, "qo_indptr", rule, bounds[-1])
+        return self._s_q
 
     def _check_room(self, kv_indices: torch.Tensor, kv_len_arr: torch.Tensor) -> None:
         """Raises ValueError where buffers are not for such a batch."""
