@@ -54,7 +54,7 @@ def true_decode(inputs: DecodeInputs) -> AttentionState:
     query = out if inputs.q_rope is None else torch.cat([out, inputs.q_rope.double()], -1)
     cache = inputs.cache
     if isinstance(cache, mla_triton.LatentCache):
-        cache = cache.ckv if cache.kpe is None else torch.cat(list(cache), -1)
+        cache = cache.ckv if cache.kpe is None else torch.cat([cache.ckv, cache.kpe], -1)
     page_size = cache.shape[1]
     for request, length in enumerate(lengths):
         table = inputs.page_table
@@ -223,7 +223,7 @@ class MLACase:
             qo_indptr = inputs.cu_seqlens_q
         empty = self.q_nope[..., :0]
         self.q_pe = empty if inputs.q_rope is None else inputs.q_rope.view(*empty.shape[:2], -1)
-        ckv, kpe = inputs.cache
+        ckv, kpe = inputs.cache.ckv, inputs.cache.kpe
         self.caches = ckv, ckv[..., :0] if kpe is None else kpe
         rest = torch.full((too_long,), 2**30, dtype=torch.int32, device=device)
         offsets = (qo_indptr, inputs.page_table.indptr)
