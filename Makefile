@@ -30,8 +30,9 @@ JOBS ?= 2
 endif
 PYTEST_ARGS ?= -n $(JOBS)
 # What runs compiled where there is a GPU; the rest belongs to the interpreter, or to neither.
-ON_GPU := tests/gpu tests/test_operators.py tests/test_prefill_operators.py tests/test_merge.py \
-	tests/test_merge_operators.py tests/test_recall.py tests/test_deepseek_v3_layer.py
+ON_GPU := tests/gpu tests/compat tests/test_operators.py tests/test_prefill_operators.py tests/test_merge.py \
+	tests/test_merge_operators.py tests/test_recall.py tests/test_deepseek_v3_layer.py \
+	tests/test_program_defaults.py
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

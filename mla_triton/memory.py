@@ -61,7 +61,7 @@ def _runs(
     """(sorted addresses of the contiguous runs of a tensor, bytes of each)."""
     if not strides or strides[-1] != 1:
         shape, strides = (*shape, 1), (*strides, 1)
-    starts = torch.tensor([address])
+    starts = torch.tensor([address], device="cpu")
     for size, stride in zip(shape[:-1], strides[:-1], strict=True):
-        starts = (starts[:, None] + torch.arange(size) * (stride * item)).flatten()
+        starts = (starts[:, None] + torch.arange(size, device="cpu") * (stride * item)).flatten()
     return starts.sort().values, shape[-1] * item

@@ -62,6 +62,17 @@ ARROWS: list[tuple[str, tuple[str, ...]]] = [
         "mla_triton.ops",
         ("mla_triton.cli", "mla_triton.tuning", "mla_triton.compat", "mla_triton.testing"),
     ),
+    (
+        "mla_triton.compat",
+        (
+            "triton",
+            "mla_triton.kernels",
+            "mla_triton.reference",
+            "mla_triton.cli",
+            "mla_triton.tuning",
+            "mla_triton.testing",
+        ),
+    ),
 ]
 ENVIRONMENT = {
     "mla_triton": {"MLA_TRITON_CACHE_DIR", "MLA_TRITON_DEBUG"},

@@ -130,10 +130,11 @@ def buffers(
     problem: DecodeProblem, geometry: Geometry, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(schedule, partial out, partial lse), not yet written."""
+    rows, float32 = geometry.partial_rows, torch.float32
     return (
         torch.empty(schedules.result_size(geometry), dtype=torch.int32, device=device),
-        torch.empty(geometry.partial_rows, problem.value_dim, device=device),
-        torch.empty(geometry.partial_rows, device=device),
+        torch.empty(rows, problem.value_dim, dtype=float32, device=device),
+        torch.empty(rows, dtype=float32, device=device),
     )
 
 

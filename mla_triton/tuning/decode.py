@@ -86,7 +86,7 @@ class Trial:
         self._out = torch.empty(
             batch, s_q, heads, problem.value_dim, dtype=problem.dtype, device=where
         )
-        self._lse = torch.empty(batch, s_q, heads, device=where)
+        self._lse = torch.empty(batch, s_q, heads, dtype=torch.float32, device=where)
         self._judge: Callable[[], Report] | None = None
 
     def calls(self, config: Any) -> list[Callable[[], None]]:

@@ -91,7 +91,7 @@ class Trial:
         self._out = torch.empty(
             tokens, problem.heads, problem.value_dim, dtype=problem.dtype, device=where
         )
-        self._lse = torch.empty(tokens, problem.heads, device=where)
+        self._lse = torch.empty(tokens, problem.heads, dtype=torch.float32, device=where)
         self._judge: Callable[[], Report] | None = None
 
     def _tensors(self, copy: int) -> PrefillTensors:

@@ -1,0 +1,25 @@
+"""FlashInfer's interface, as far as it is about MLA. Its modules are here by the same names."""
+
+from mla_triton.compat.flashinfer import cascade, mla, page, prefill
+from mla_triton.compat.flashinfer.cascade import merge_state, merge_state_in_place, merge_states
+from mla_triton.compat.flashinfer.mla import BatchMLAPagedAttentionWrapper
+from mla_triton.compat.flashinfer.page import get_batch_indices_positions, get_seq_lens
+from mla_triton.compat.flashinfer.prefill import (
+    BatchPrefillWithRaggedKVCacheWrapper,
+    single_prefill_with_kv_cache,
+)
+
+__all__ = [
+    "BatchMLAPagedAttentionWrapper",
+    "BatchPrefillWithRaggedKVCacheWrapper",
+    "cascade",
+    "get_batch_indices_positions",
+    "get_seq_lens",
+    "merge_state",
+    "merge_state_in_place",
+    "merge_states",
+    "mla",
+    "page",
+    "prefill",
+    "single_prefill_with_kv_cache",
+]
