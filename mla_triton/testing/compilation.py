@@ -21,7 +21,14 @@ import torch
 from mla_triton import device as devices
 from mla_triton.device import Device
 from mla_triton.kernels.sm90 import decode_config as sm90_config
-from mla_triton.problem import MOST_APART, DecodeProblem, MergeProblem, PrefillProblem, RowSteps
+from mla_triton.problem import (
+    MOST_APART,
+    DecodeProblem,
+    MergeProblem,
+    PrefillProblem,
+    RowSteps,
+    Storage,
+)
 from mla_triton.testing import resources
 from mla_triton.testing.resources import Resources
 
@@ -91,6 +98,32 @@ def problem(
         page_slots=page_size,
         row_steps=RowSteps(latent + rope, latent + rope if rope else 0, value_dim, 1),
     )
+
+
+def quantised_problems(
+    dtype: torch.dtype = torch.bfloat16, heads: int = 16
+) -> dict[str, DecodeProblem]:
+    """The same batch over each form of a quantised cache, by name."""
+    plain, inside = problem(dtype, heads), problem(dtype, heads, dimensions=ROPE_INSIDE)
+    pair = replace(plain, fused=False, ckv_stride_slot=512, kpe_stride_slot=64)
+    rows_of_656 = {"ckv_stride_slot": 656, "kpe_stride_slot": 656 // 2, "page_slots": 0}
+    rows_of_584 = {"ckv_stride_slot": 576, "kpe_stride_slot": 576 // 2, "page_slots": 0}
+    one = Storage(None, 0, torch.float32, 0)
+    return {
+        "fp8": replace(plain, storage=one),
+        "fp8 pair": replace(pair, storage=one._replace(rope=torch.float8_e4m3fn)),
+        "fp8 rope inside": replace(inside, storage=one),
+        "groups": replace(pair, storage=Storage(dtype, 128, torch.float32, 4)),
+        "fp8_ds_mla": replace(
+            pair, **rows_of_656, storage=Storage(dtype, 128, torch.float32, 656 // 4)
+        ),
+        "fp8_v4": replace(
+            inside, fused=False, **rows_of_584, storage=Storage(dtype, 64, torch.uint8, 8)
+        ),
+        "fp8_v41": replace(
+            inside, ckv_stride_slot=528, storage=Storage(None, 32, torch.uint8, 528)
+        ),
+    }
 
 
 def cases() -> Iterator[Case]:
