@@ -39,6 +39,10 @@ HEADS = (16, 32, 128)
 PAGE_SIZES = (1, 16, 32, 64, 128, 48)
 DIMENSIONS = ((512, 64, 512), (512, 0, 512), (256, 64, 256), (256, 32, 256), (128, 32, 128))
 ROPE_INSIDE = (448, 64, 512)
+QUANTISED_LABELS = ("8.0", "8.9", "9.0", "10.0")
+"""e4m3 by arithmetic; by conversion; beside wgmma; beside tcgen05."""
+MANY_ROWS = ("fp8", "fp8_ds_mla")
+"""Forms of a quantised cache that are compiled for more than 16 rows, too."""
 
 
 @dataclass(frozen=True)
@@ -157,8 +161,22 @@ def cases() -> Iterator[Case]:
         for batch in (64, 1000):
             yield Case(label, "schedule", replace(plain, batch=batch))
             yield Case(label, "schedule", replace(ragged, batch=batch))
+        yield from _quantised_cases(label)
         yield from _sm90_cases(label)
         yield from (Case(label, "merge", merge) for merge in merges())
+
+
+def _quantised_cases(label: str) -> Iterator[Case]:
+    """Each form of a quantised cache, on a card of each way to convert and multiply."""
+    if label not in QUANTISED_LABELS:
+        return
+    for heads, forms in ((16, ("fp8", "fp8_ds_mla", "fp8_v4", "fp8_v41")), (128, MANY_ROWS)):
+        known = quantised_problems(heads=heads)
+        for form in forms:
+            yield Case(label, "portable", known[form])
+    one_scale = quantised_problems(torch.float16)["fp8 pair"]
+    yield Case(label, "portable", replace(one_scale, page_size=1))
+    yield Case(label, "portable", replace(quantised_problems()["groups"], aligned=False))
 
 
 def merges() -> Iterator[MergeProblem]:
