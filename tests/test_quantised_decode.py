@@ -5,38 +5,33 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given, settings
+from quantised import (
+    FORMS,
+    FORMS_BY_DTYPE,
+    SCALED,
+    all_scales,
+    inputs_of,
+    owned_slots,
+    spoilt,
+    with_cache,
+    wrong_bytes,
+)
 
 import mla_triton
 from mla_triton import testing
-from mla_triton.cache.formats import E4M3
-from mla_triton.cache.quantise import E8M0_NAN, dequantise
+from mla_triton.cache.quantise import dequantise
 from mla_triton.testing.strategies import decode_problems
 
-FORMS = {
-    "fp8 fused": {"stored": "fp8"},
-    "fp8 pair": {"stored": "fp8", "layout": "pair"},
-    "fp8 without rope": {"stored": "fp8", "rope": 0},
-    "fp8 rope inside": {"stored": "fp8", "latent": 448, "value_dim": 512},
-    "groups": {"stored": "fp8_groups"},
-    "656": {"stored": "fp8_ds_mla"},
-    "584": {"stored": "fp8_v4", "latent": 448, "value_dim": 512},
-    "528": {"stored": "fp8_v41", "latent": 448, "value_dim": 512},
-}
+
+def run(inputs):
+    arguments, options = inputs.call_arguments()
+    return mla_triton.decode(*arguments, **options, **inputs.output_buffers(), impl="portable")
 
 
-def inputs_of(form, **changes):
-    return testing.decode_inputs(
-        **{"kv_lens": [70, 0, 33], "s_q": 2, "heads": 4, "page_size": 16} | FORMS[form] | changes
-    )
-
-
-FORMS_BY_DTYPE = [
-    (form, dtype)
-    for form in FORMS
-    for dtype in (torch.float16, torch.bfloat16)
-    # Their rotary keys are bfloat16, and so must the queries be.
-    if dtype == torch.bfloat16 or form not in ("656", "584")
-]
+def judged(inputs):
+    state = run(inputs)
+    testing.assert_within_budget(state, inputs)
+    return state
 
 
 def dequantised(inputs):
@@ -73,10 +68,7 @@ def test_the_reference_serves_every_form(form):
 
 @pytest.mark.parametrize(("form", "dtype"), FORMS_BY_DTYPE, ids=str)
 def test_the_portable_kernel_reads_every_form(form, dtype):
-    inputs = inputs_of(form, dtype=dtype)
-    arguments, options = inputs.call_arguments()
-    state = mla_triton.decode(*arguments, **options, **inputs.output_buffers(), impl="portable")
-    testing.assert_within_budget(state, inputs)
+    judged(inputs_of(form, dtype=dtype))
 
 
 @pytest.mark.parametrize(
@@ -95,10 +87,11 @@ def test_the_portable_kernel_reads_every_form(form, dtype):
 )
 @pytest.mark.parametrize("form", FORMS)
 def test_every_way_to_call(form, changes):
-    inputs = inputs_of(form, **changes)
-    arguments, options = inputs.call_arguments()
-    state = mla_triton.decode(*arguments, **options, **inputs.output_buffers(), impl="portable")
-    testing.assert_within_budget(state, inputs)
+    judged(inputs_of(form, **changes))
+
+
+def test_every_byte_becomes_its_number():
+    assert not wrong_bytes("bytes", "cpu")
 
 
 @settings(max_examples=15)
@@ -106,6 +99,7 @@ def test_every_way_to_call(form, changes):
     decode_problems(
         dtypes=(torch.float16, torch.bfloat16),
         dims=((128, 32), (256, 64), (128, 0)),
+        rope_in_value=(False,),
         stored=("fp8", "fp8_groups", "fp8_ds_mla", "fp8_v4", "fp8_v41"),
         heads=(1, 5, 16, 20),
         max_batch=2,
@@ -117,44 +111,13 @@ def test_any_quantised_problem(inputs):
     judged(inputs)
 
 
-def judged(inputs):
-    arguments, options = inputs.call_arguments()
-    state = mla_triton.decode(*arguments, **options, **inputs.output_buffers(), impl="portable")
-    testing.assert_within_budget(state, inputs)
-    return state
-
-
 # -- what scales, bytes and queries may be
-
-SCALED = ("fp8 fused", "fp8 pair", "groups", "584", "528")
-
-
-def with_cache(inputs, **parts):
-    return replace(inputs, cache=inputs.cache._replace(**parts))
-
-
-def all_scales(inputs, exponent):
-    """The same problem with scales of 2**exponent, and latents a 32nd of what they were: none is
-    too large for bfloat16, which a number of 448 times the largest scales is."""
-    scales, ckv = inputs.cache.scales, inputs.cache.ckv
-    same = exponent + 127 if scales.dtype == torch.uint8 else 2.0**exponent
-    smaller = (ckv.float() / 32).to(E4M3)
-    return with_cache(inputs, ckv=smaller, scales=torch.full_like(scales, same))
 
 
 @pytest.mark.parametrize("exponent", [-110, 119, 120, 122])
 @pytest.mark.parametrize("form", SCALED)
 def test_tiny_and_huge_scales(form, exponent):
-    """Queries are as small as scales are large, and the factor of the logits is so where they would
-    not be normal numbers: logits are as they were."""
     inputs = all_scales(inputs_of(form, s_q=1, kv_lens=[40]), exponent)
-    by = max(-100, min(-exponent, 100))
-    inputs = replace(
-        inputs,
-        q_nope=inputs.q_nope * 2.0**by,
-        q_rope=inputs.q_rope * 2.0**by,
-        softmax_scale=inputs.softmax_scale * 2.0 ** (-exponent - by),
-    )
     out = judged(inputs).out
     assert out.isfinite().all()
     assert out.abs().max() > 2.0 ** (exponent - 9)
@@ -165,34 +128,6 @@ def test_a_scale_of_zero_makes_every_key_alike(form):
     inputs = inputs_of(form)
     state = judged(with_cache(inputs, scales=torch.zeros_like(inputs.cache.scales)))
     assert (state.out == 0).all()
-
-
-def owned_slots(inputs, requests):
-    """`[pages, page_size]`: slots of keys of these requests."""
-    ckv = inputs.cache.ckv
-    owned = torch.zeros(ckv.shape[:2], dtype=torch.bool)
-    for request in requests:
-        length = int(inputs.kv_lens[request])
-        keys = torch.arange(length)
-        pages = inputs.page_table[request].long()[keys // ckv.shape[1]]
-        owned[pages, keys % ckv.shape[1]] = True
-    return owned
-
-
-NAN_BYTES = torch.tensor([0x7F, 0xFF], dtype=torch.uint8)
-
-
-def spoilt(inputs, slots):
-    """The same problem with NaN in these slots, of either sign: numbers, rotary keys and scales."""
-    ckv, kpe, scales = (None if part is None else part.clone() for part in inputs.cache)
-    ckv.view(torch.uint8)[slots] = NAN_BYTES.repeat(ckv.shape[-1] // 2)
-    if kpe is not None and kpe.dtype == E4M3:
-        kpe.view(torch.uint8)[slots] = NAN_BYTES.repeat(kpe.shape[-1] // 2)
-    elif kpe is not None:
-        kpe[slots] = float("nan")
-    if scales.dim() > 1:
-        scales[slots] = E8M0_NAN if scales.dtype == torch.uint8 else float("nan")
-    return with_cache(inputs, ckv=ckv, kpe=kpe, scales=scales)
 
 
 @pytest.mark.parametrize("form", SCALED)
@@ -209,14 +144,7 @@ def test_slots_of_others_are_not_read(form):
     assert state.out[1].isnan().all()
 
 
-def run(inputs):
-    arguments, options = inputs.call_arguments()
-    return mla_triton.decode(*arguments, **options, **inputs.output_buffers(), impl="portable")
-
-
-@pytest.mark.parametrize(
-    ("part", "number"), [("q_nope", float("inf")), ("q_rope", float("nan"))]
-)
+@pytest.mark.parametrize(("part", "number"), [("q_nope", float("inf")), ("q_rope", float("nan"))])
 @pytest.mark.parametrize("form", SCALED)
 def test_a_query_that_is_not_finite_is_alone_with_it(form, part, number):
     inputs = inputs_of(form, kv_lens=[70])

@@ -285,7 +285,10 @@ def quantised_candidates(
         return [(Config(32, 8, 2), "8 warps keep 64 rows in registers")]
     short = (Config(32, 8, 2), "one tile in flight where shared memory is short")
     if rows == 32:
-        return [(Config(32, 8, 3), "8 warps keep 32 rows and what they convert in registers"), short]
+        return [
+            (Config(32, 8, 3), "8 warps keep 32 rows and what they convert in registers"),
+            short,
+        ]
     if has_groups and device.shared_memory >= 163 * KIB:
         return [(Config(32, 4, 3), "61 KiB at 512+64: two programs an SM convert in turns"), short]
     if has_groups:
