@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from mla_triton import device as devices
+from mla_triton.cache import named
 from mla_triton.device import Device
 from mla_triton.kernels.sm90 import decode_config as sm90_config
 from mla_triton.problem import (
@@ -110,24 +111,18 @@ def quantised_problems(
     """The same batch over each form of a quantised cache, by name."""
     plain, inside = problem(dtype, heads), problem(dtype, heads, dimensions=ROPE_INSIDE)
     pair = replace(plain, fused=False, ckv_stride_slot=512, kpe_stride_slot=64)
-    rows_of_656 = {"ckv_stride_slot": 656, "kpe_stride_slot": 656 // 2, "page_slots": 0}
-    rows_of_584 = {"ckv_stride_slot": 576, "kpe_stride_slot": 576 // 2, "page_slots": 0}
-    one = Storage(None, 0, torch.float32, 0)
+    rope_numbers = Storage(torch.float8_e4m3fn, 0, torch.float32, 0)
     return {
-        "fp8": replace(plain, storage=one),
-        "fp8 pair": replace(pair, storage=one._replace(rope=torch.float8_e4m3fn)),
-        "fp8 rope inside": replace(inside, storage=one),
+        "fp8": named.over(plain, "fp8"),
+        "fp8 pair": replace(pair, storage=rope_numbers),
+        "fp8 rope inside": named.over(inside, "fp8"),
         "groups": replace(pair, storage=Storage(dtype, 128, torch.float32, 4)),
-        "fp8_ds_mla": replace(
-            pair, **rows_of_656, storage=Storage(dtype, 128, torch.float32, 656 // 4)
-        ),
-        "fp8_v4": replace(
-            inside, fused=False, **rows_of_584, storage=Storage(dtype, 64, torch.uint8, 8)
-        ),
-        "fp8_v41": replace(
-            inside, ckv_stride_slot=528, storage=Storage(None, 32, torch.uint8, 528)
-        ),
-    }
+        "fp8_v41": named.over(inside, "fp8_v41"),
+    } | (
+        {"fp8_ds_mla": named.over(plain, "fp8_ds_mla"), "fp8_v4": named.over(inside, "fp8_v4")}
+        if dtype == torch.bfloat16
+        else {}
+    )
 
 
 def cases() -> Iterator[Case]:
