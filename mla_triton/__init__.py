@@ -6,6 +6,7 @@ says how close a kernel has to come to it.
 """
 
 from mla_triton.cache import CSRPageTable, LatentCache
+from mla_triton.ops.append import append
 from mla_triton.ops.decode import decode
 from mla_triton.ops.merge import merge
 from mla_triton.ops.plan import Plan, plan
@@ -20,6 +21,7 @@ __all__ = [
     "CSRPageTable",
     "LatentCache",
     "Plan",
+    "append",
     "decode",
     "merge",
     "plan",

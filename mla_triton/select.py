@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from functools import lru_cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mla_triton import reference
 from mla_triton.device import Device
 from mla_triton.kernels import sm90
+from mla_triton.kernels.portable import append as portable_append
 from mla_triton.kernels.portable import decode as portable_decode
 from mla_triton.kernels.portable import decode_config as portable_config
 from mla_triton.kernels.portable import merge as portable_merge
@@ -24,6 +25,7 @@ from mla_triton.kernels.sm90 import decode_config as sm90_config
 from mla_triton.kernels.sm90 import prefill_config as sm90_prefill_config
 from mla_triton.plan import Geometry
 from mla_triton.problem import DecodeProblem, MergeProblem, PrefillProblem
+from mla_triton.problem_cache import AppendProblem
 
 CONFIGURED = {"sm90": sm90_config, "portable": portable_config}
 """How the kernels of decode are configured, which needs no compiler and no Gluon."""
@@ -136,15 +138,30 @@ decode = lru_cache(maxsize=4096)(choose_decode)
 
 def choose_merge(problem: MergeProblem, device: Device, impl: str | None = None) -> Selection:
     """What merges states on a device; raises as `name_decode` does."""
-    reasons = (
-        ("portable", portable_merge.why_not(problem, device)),
-        ("reference", why_not_reference(device, "it copies, in float64")),
-    )
-    name = _taken("merge", reasons, device, impl)
-    return Selection(name, portable_merge if name == "portable" else reference, reasons)
+    return _portable("merge", portable_merge, "it copies, in float64", problem, device, impl)
 
 
 merge = lru_cache(maxsize=1024)(choose_merge)
+
+
+def choose_append(problem: AppendProblem, device: Device, impl: str | None = None) -> Selection:
+    """What writes tokens to a cache on a device; raises as `name_decode` does."""
+    return _portable("append", portable_append, "it sorts and copies", problem, device, impl)
+
+
+append = lru_cache(maxsize=1024)(choose_append)
+
+
+def _portable(
+    operation: str, module: ModuleType, cost: str, problem: Any, device: Device, impl: str | None
+) -> Selection:
+    """The choice where there are the portable kernel and the reference alone."""
+    reasons = (
+        ("portable", module.why_not(problem, device)),
+        ("reference", why_not_reference(device, cost)),
+    )
+    name = _taken(operation, reasons, device, impl)
+    return Selection(name, module if name == "portable" else reference, reasons)
 
 
 def choose_prefill(problem: PrefillProblem, device: Device, impl: str | None = None) -> Selection:

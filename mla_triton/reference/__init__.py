@@ -1,5 +1,6 @@
 """What every operation means, in plain PyTorch: slow, exact, on any device, without Triton."""
 
+from mla_triton.reference.cache import append
 from mla_triton.reference.decode import decode, decode_same_precision
 from mla_triton.reference.merge import merge, merge_same_precision
 from mla_triton.reference.paging import gather_keys, visible_lengths
@@ -8,6 +9,7 @@ from mla_triton.reference.unabsorbed import absorb_queries, attention, project_v
 
 __all__ = [
     "absorb_queries",
+    "append",
     "attention",
     "decode",
     "decode_same_precision",
