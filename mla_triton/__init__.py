@@ -7,7 +7,9 @@ says how close a kernel has to come to it.
 
 from mla_triton.cache import CSRPageTable, LatentCache
 from mla_triton.ops.append import append
+from mla_triton.ops.copy_pages import copy_pages
 from mla_triton.ops.decode import decode
+from mla_triton.ops.gather import gather
 from mla_triton.ops.merge import merge
 from mla_triton.ops.plan import Plan, plan
 from mla_triton.ops.prefill import prefill
@@ -22,7 +24,9 @@ __all__ = [
     "LatentCache",
     "Plan",
     "append",
+    "copy_pages",
     "decode",
+    "gather",
     "merge",
     "plan",
     "prefill",

@@ -82,6 +82,8 @@ class GatherProblem:
     starts: bool
     """Whether each request's rows begin with a key of its own, not with the first."""
     aligned: bool
+    few: bool
+    """Whether there are `FEW_TOKENS` rows at most."""
     rows: int = field(default=FEW_TOKENS, compare=False)
     batch: int = field(default=1, compare=False)
 
@@ -90,10 +92,8 @@ class GatherProblem:
 class CopyProblem:
     """Whole pages, to be copied."""
 
-    parts: int
-    """Tensors that make up a cache."""
     words: tuple[int, ...]
-    """Words of a page in each."""
+    """Words of a page in each of the tensors that make up a cache."""
     word_bytes: int
     """4 where every page begins at a multiple of 16 bytes, else 1."""
     id_dtype: torch.dtype

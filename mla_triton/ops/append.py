@@ -7,7 +7,7 @@ from types import ModuleType
 
 import torch
 
-from mla_triton import configs, reference, select, validate, validate_cache
+from mla_triton import configs, reference, select, validate, validate_append, validate_stored
 from mla_triton import device as devices
 from mla_triton.cache import LatentCache
 from mla_triton.device import Device
@@ -58,7 +58,7 @@ def append(
             value.
         NotImplementedError: no implementation, or not `impl`, can take the problem; says why.
     """
-    parts = validate_cache.unpack_cache(cache)
+    parts = validate_stored.unpack_cache(cache)
     validate.check_impl(impl)
     validate.check_tensor("latent", latent)
     validate.check_tensor("slot_mapping", slot_mapping)
@@ -66,7 +66,7 @@ def append(
     for name, tensor in given.items():
         if tensor is not None:
             validate.check_tensor(name, tensor)
-    validate_cache.check_style(rope_style)
+    validate_append.check_style(rope_style)
     validate.check_flag("power_of_two_scales", power_of_two_scales)
     eps = validate.number("norm_eps", norm_eps)
     tensors = (*parts, latent, rope, slot_mapping, norm_weight, cos_sin, positions)
@@ -110,7 +110,7 @@ def _append(
     impl: str | None,
 ) -> None:
     cache = LatentCache(ckv, kpe, scales)
-    problem = validate_cache.append(
+    problem = validate_append.append(
         cache, latent, rope, slot_mapping, norm_weight, cos_sin, positions, rope_style,
         power_of_two_scales,
     )  # fmt: skip
@@ -126,7 +126,7 @@ def _append(
         )  # fmt: skip
         return
     ready = prepare(chosen.module, problem, device, latent.device.index)
-    latents, keys, own_scales, key_scales = validate_cache.parts(cache, problem.stored)
+    latents, keys, own_scales, key_scales = validate_stored.parts(cache, problem.stored)
     tensors = AppendTensors(
         latent, rope, slot_mapping, latents, keys, own_scales, key_scales, norm_weight, cos_sin,
         positions, norm_eps,
@@ -150,7 +150,7 @@ def _append_fake(
     impl: str | None,
 ) -> None:
     """The rules alone: what is written is there."""
-    validate_cache.append(
+    validate_append.append(
         LatentCache(ckv, kpe, scales), latent, rope, slot_mapping, norm_weight, cos_sin, positions,
         rope_style, power_of_two_scales, has_memory=False,
     )  # fmt: skip

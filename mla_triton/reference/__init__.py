@@ -1,6 +1,6 @@
 """What every operation means, in plain PyTorch: slow, exact, on any device, without Triton."""
 
-from mla_triton.reference.cache import append
+from mla_triton.reference.cache import append, copy_pages, gather
 from mla_triton.reference.decode import decode, decode_same_precision
 from mla_triton.reference.merge import merge, merge_same_precision
 from mla_triton.reference.paging import gather_keys, visible_lengths
@@ -11,8 +11,10 @@ __all__ = [
     "absorb_queries",
     "append",
     "attention",
+    "copy_pages",
     "decode",
     "decode_same_precision",
+    "gather",
     "gather_keys",
     "merge",
     "merge_same_precision",

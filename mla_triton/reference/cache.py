@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from mla_triton.cache import LatentCache
-from mla_triton.cache.quantise import quantise
+from mla_triton.cache import CSRPageTable, LatentCache
+from mla_triton.cache.quantise import dequantise, quantise
+from mla_triton.reference.paging import capacities, pages_of
 
 
 def append(
@@ -80,3 +83,71 @@ def rotated(
     if style == "interleaved":
         return torch.stack(turned, -1).flatten(-2)
     return torch.cat(turned, -1)
+
+
+def gather(
+    cache: torch.Tensor | LatentCache,
+    page_table: torch.Tensor | CSRPageTable,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    starts: torch.Tensor | None = None,
+    out: torch.Tensor,
+    rope_out: torch.Tensor | None = None,
+) -> None:
+    """Writes keys of every request to rows; arguments are those of `mla_triton.gather`."""
+    whole = LatentCache(cache) if isinstance(cache, torch.Tensor) else cache
+    bounds = cu_seqlens_k.tolist()
+    batch = len(bounds) - 1
+    firsts = [0] * batch if starts is None else starts.tolist()
+    pages, page_size = whole.ckv.shape[:2]
+    limits = capacities(page_table, batch, page_size)
+    rope = 0 if rope_out is None else rope_out.shape[1]
+    for request, (first, limit) in enumerate(zip(firsts, limits, strict=True)):
+        begin, end = bounds[request], bounds[request + 1]
+        key = torch.arange(first, first + end - begin, device=out.device)
+        table = pages_of(page_table, request, limit // page_size)
+        has_page = (key >= 0) & (key < limit)
+        page = torch.full_like(key, -1)
+        page[has_page] = table[key[has_page] // page_size]
+        is_there = (page >= 0) & (page < pages)
+        tokens = page[is_there], key[is_there] % page_size
+        latents, keys = _tokens(whole, tokens, out.dtype, rope)
+        rows = torch.arange(begin, end, device=out.device)
+        for result, values in ((out, latents), (rope_out, keys)):
+            if result is not None:
+                result[rows] = 0
+                result[rows[is_there]] = values
+
+
+def _tokens(
+    cache: LatentCache, places: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype, rope: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(latents, rotary keys) of the tokens at some (pages, slots)."""
+    ckv, kpe, scales = cache
+    chosen = LatentCache(
+        as_bytes(ckv)[places].view(ckv.dtype),
+        None if kpe is None else as_bytes(kpe)[places].view(kpe.dtype),
+        scales if scales is None or scales.dim() == 1 else scales[places],
+    )
+    latents, keys = dequantise(chosen, dtype, rope=rope)
+    if keys is None:
+        return latents[:, : latents.shape[1] - rope], latents[:, latents.shape[1] - rope :]
+    return latents, keys
+
+
+def copy_pages(
+    read: Sequence[torch.Tensor],
+    written: Sequence[torch.Tensor],
+    source_pages: torch.Tensor,
+    target_pages: torch.Tensor,
+) -> None:
+    """Copies pages of each tensor to pages of its counterpart, as `mla_triton.copy_pages`.
+
+    All are read before any is written, and of several for one target the last is kept.
+    """
+    for one, other in zip(read, written, strict=True):
+        sources = source_pages.long()
+        is_valid = (sources >= 0) & (sources < one.shape[0])
+        targets = target_pages.long().masked_fill(~is_valid, -1)
+        kept = last_of_each(targets, other.shape[0])
+        as_bytes(other)[targets[kept]] = as_bytes(one)[sources[kept]]

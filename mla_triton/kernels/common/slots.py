@@ -25,18 +25,26 @@ def pointer_type(dtype: torch.dtype | None) -> str:
     return "*i32" if dtype is None else f"*{NAMES[dtype]}"
 
 
-def why_not_stored(stored: Stored, device: Device) -> str | None:
-    """The reason no kernel here can take tokens that lie so, or None."""
+def why_not_card(device: Device) -> str | None:
+    """The reason no kernel here can run on a card, or None."""
     if not device.runs_triton:
         return "the tensors are on the CPU and Triton's interpreter is off (TRITON_INTERPRET=1)"
     if device.capability is not None and device.capability < (8, 0):
         return f"it needs capability 8.0 or later, this card has {device.label}"
+    return None
+
+
+def why_not_stored(stored: Stored, device: Device) -> str | None:
+    """The reason no kernel here can take tokens that lie so, or None."""
+    reason = why_not_card(device)
+    if reason is not None:
+        return reason
     if max(stored.latent, stored.rope) > MAX_LATENT:
         return f"latent and rope must be at most {MAX_LATENT}, got {stored.latent}, {stored.rope}"
     if stored.group & (stored.group - 1):
         return f"groups must be of a power of two of columns, got {stored.group}"
-    is_whole = stored.group == 0 or (stored.latent % stored.group, stored.rope % stored.group) == (0, 0)
-    if stored.inside and not is_whole:
+    widths = (stored.latent, stored.rope) if stored.inside and stored.group else ()
+    if any(width % stored.group for width in widths):
         return f"latent and rope part must be whole groups of {stored.group} columns"
     return None
 

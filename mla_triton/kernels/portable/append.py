@@ -1,4 +1,4 @@
-"""Tokens into the slots of a paged latent cache, in Triton: normed, rotated and quantised on the way.
+"""Tokens into the slots of a paged latent cache, in Triton: normed, rotated, quantised on the way.
 
 What: row n of the latents and of the rotary keys goes to slot `slots[n]`, as the cache has its
 numbers; where asked for, the latent through an RMSNorm and the key through a rotation first, in
@@ -17,7 +17,6 @@ tokens in registers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +32,7 @@ from mla_triton.kernels.common.e4m3 import (
     group_scales,
     reciprocal,
 )
-from mla_triton.kernels.common.launch import Launch, Variant
+from mla_triton.kernels.common.launch import Launch, Variant, emulates_bf16
 from mla_triton.kernels.common.slots import (
     pointer_type,
     row_pointers,
@@ -41,15 +40,34 @@ from mla_triton.kernels.common.slots import (
     why_not_stored,
 )
 from mla_triton.kernels.common.tiles import narrow
+from mla_triton.kernels.common.token_config import (
+    Config,
+    choose,
+    columns,
+    heuristic,
+    is_valid,
+    tuning_point,
+)
 from mla_triton.plan import cdiv
 from mla_triton.problem_cache import AppendProblem
 
+__all__ = [
+    "NAME",
+    "OP",
+    "AppendTensors",
+    "Config",
+    "choose",
+    "compile",
+    "heuristic",
+    "is_valid",
+    "launch",
+    "tuning_point",
+    "variant",
+    "why_not",
+]
+
 OP = "append"
 NAME = "portable"
-MAX_ROWS = 16
-WARPS = (1, 2, 4)
-MAX_WORDS = 192
-"""Registers of a thread for the columns that it holds; the rest is for addresses."""
 NUMBERS = (
     "latent_row", "rope_row", "latents_page", "keys_page", "scales_page", "cos_sin_row", "capacity",
 )  # fmt: skip
@@ -75,15 +93,6 @@ class AppendTensors(NamedTuple):
     norm_eps: float
 
 
-@dataclass(frozen=True)
-class Config:
-    """How tokens are shared."""
-
-    rows: int
-    """Tokens of a program."""
-    num_warps: int
-
-
 def why_not(problem: AppendProblem, device: Device) -> str | None:
     """The reason this implementation cannot take a problem, or None."""
     reason = why_not_stored(problem.stored, device)
@@ -92,59 +101,6 @@ def why_not(problem: AppendProblem, device: Device) -> str | None:
     if reason is None and is_grouped and half % group:
         reason = f"half of the rope part, {half} columns, must be whole groups of {group}"
     return reason
-
-
-def columns(problem: AppendProblem) -> int:
-    """Columns of the latents' tile: a power of two that holds a row."""
-    return int(triton.next_power_of_2(problem.stored.latent))
-
-
-def words(config: Config, problem: AppendProblem, device: Device) -> int:
-    """Registers of a thread that hold a latent's elements: as loaded, and in float32."""
-    threads = config.num_warps * (64 if device.backend == "hip" else 32)
-    elements = cdiv(config.rows * columns(problem), threads)
-    return cdiv(elements * (problem.dtype.itemsize + 4), 4)
-
-
-def is_valid(
-    config: Config, problem: AppendProblem, device: Device, rows: int | None = None
-) -> tuple[bool, str]:
-    """Whether a config can be compiled and launched, with the rule that decides it.
-
-    `rows` is of no meaning here: an append follows no plan.
-    """
-    if not 1 <= config.rows <= MAX_ROWS or config.rows & (config.rows - 1):
-        return False, f"rows must be a power of two in [1, {MAX_ROWS}], got {config.rows}"
-    if config.num_warps not in WARPS:
-        return False, f"num_warps must be one of {WARPS}, got {config.num_warps}"
-    needed = words(config, problem, device)
-    if needed > MAX_WORDS:
-        return False, f"needs {needed} registers a thread for elements, at most {MAX_WORDS} are"
-    return True, f"takes {needed} registers a thread for elements"
-
-
-def choose(problem: AppendProblem, device: Device, rows: int | None = None) -> tuple[Config, str]:
-    """The config of a problem, with its reason; ValueError where none is valid."""
-    if device.backend == "interpreter":
-        return Config(8, 1), "the interpreter has neither warps nor registers"
-    refused = []
-    for wanted, warps in ((1 if problem.few else 4, 1), (1, 1), (1, 2), (1, 4)):
-        config = Config(wanted, warps)
-        valid, rule = is_valid(config, problem, device)
-        if valid:
-            said = "few tokens: each has an SM's attention" if problem.few else "bound by memory"
-            return config, f"{said}; {rule}"
-        refused.append(f"{config}: {rule}")
-    raise ValueError(f"problem must fit a config on {device.label}, got {problem}: {refused}")
-
-
-def heuristic(problem: AppendProblem, device: Device, rows: int | None = None) -> Config:
-    """The config: there are no tuned rows."""
-    return choose(problem, device)[0]
-
-
-def tuning_point(problem: AppendProblem, device: Device, rows: int | None = None) -> None:
-    """None: there is nothing to look up, the heuristic serves every problem."""
 
 
 @triton.jit
@@ -180,7 +136,7 @@ def store_columns(
     is_column = is_row[:, None] & (column < WIDTH)[None, :]
     TYPE: tl.constexpr = rows.dtype.element_ty
     if SCALING == "none":
-        if TYPE != values.dtype:
+        if values.dtype != TYPE:
             values = narrow(values.to(tl.float32), TYPE, EMULATE_BF16)
         tl.store(pointers, values, mask=is_column)
     elif SCALING == "one":
@@ -303,6 +259,7 @@ def variant(problem: AppendProblem, config: Config, device: Device) -> Variant:
         "cos_sin": problem.cos_sin_dtype,
         "positions": problem.position_dtype,
     }
+    made = (stored.latent_dtype, stored.rope_dtype)
     aligned = ("latent", "rope", "latents", "keys", "norm_weight", "cos_sin")
     return Variant(
         append_kernel,
@@ -331,9 +288,8 @@ def variant(problem: AppendProblem, config: Config, device: Device) -> Variant:
             ("ROTATION", problem.rotation or "none"),
             ("ALIGNED", problem.aligned),
             ("NATIVE", converts_e4m3(device)),
-            ("EMULATE_BF16", device.backend == "interpreter" and torch.bfloat16
-             in (stored.latent_dtype, stored.rope_dtype)),
-        ),  # fmt: skip
+            ("EMULATE_BF16", any(emulates_bf16(dtype, device) for dtype in made)),
+        ),
         frozenset(aligned) if problem.aligned else frozenset(),
         config.num_warps,
     )
