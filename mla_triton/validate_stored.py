@@ -189,7 +189,8 @@ def parts(
     latents, keys = ckv.split_with_sizes([stored.latent, stored.rope], -1)
     if stored.scaling != "groups" or scales is None or stored.latent % stored.group:
         return latents, keys, scales, scales
-    return latents, keys, scales, scales[..., stored.latent // stored.group :]
+    first = stored.latent // stored.group
+    return latents, keys, scales, scales.narrow(-1, first, scales.shape[-1] - first)
 
 
 # -- where things lie

@@ -13,6 +13,13 @@ from mla_triton.testing.budget import (
     merge_budget,
     prefill_budget,
 )
+from mla_triton.testing.caches import (
+    AppendInputs,
+    CacheMemory,
+    append_excess,
+    append_inputs,
+    cache_memory,
+)
 from mla_triton.testing.inputs import check_inputs, check_prefill_inputs
 from mla_triton.testing.merges import MergeInputs, merge_inputs
 from mla_triton.testing.prefill_problems import PrefillInputs, prefill_inputs
@@ -25,13 +32,18 @@ from mla_triton.testing.problems import (
 
 __all__ = [
     "MODELS",
+    "AppendInputs",
     "Budget",
+    "CacheMemory",
     "DecodeInputs",
     "MergeInputs",
     "Model",
     "PrefillInputs",
     "Report",
+    "append_excess",
+    "append_inputs",
     "assert_within_budget",
+    "cache_memory",
     "check_inputs",
     "check_prefill_inputs",
     "compare",
