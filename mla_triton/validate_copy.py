@@ -130,10 +130,11 @@ def copy_of(call: CopyCall) -> Known:
     ]:
         if tensor.device != sources.device:
             fail(ValueError, part, f"be on source_pages's device {sources.device}", tensor.device)
-    counts = {tensor.shape[0] for tensor in read}, {tensor.shape[0] for tensor in written}
-    for name, count in zip(("cache_from", "cache_to"), counts, strict=True):
-        if len(count) > 1:
-            fail(ValueError, name, "have as many pages in every tensor", sorted(count))
+    for name, cache in (("cache_from", read), ("cache_to", written)):
+        for tensor in cache[1:]:
+            if tensor.shape[0] != cache[0].shape[0]:
+                rule = f"have as many pages in every tensor as the first, {cache[0].shape[0]}"
+                fail(ValueError, name, rule, tensor.shape[0])
     word = 4 if is_aligned else 1
     problem = CopyProblem(
         words=tuple(size // word for size in words),

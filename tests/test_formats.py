@@ -105,6 +105,7 @@ def test_kernels_decode_all_codes():
     )
     expected = torch.tensor([value(code) for code in range(256)])
     torch.testing.assert_close(rows.flatten(), expected, rtol=0, atol=0, equal_nan=True)
+    assert rows.flatten()[[0, 128]].signbit().tolist() == [False, True]
 
 
 # -- scales

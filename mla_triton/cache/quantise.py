@@ -121,7 +121,7 @@ def dequantise(
     Args:
         cache: `[..., columns]` tensors, with any leading dimensions.
         rope: of a `ckv` without `kpe`, with one scale for all latents and one for all rotary keys:
-            how many of its columns, the last ones, are rotary.
+            how many of its columns, the last ones, are rotary. Of no meaning to others.
     """
     whole = LatentCache(cache) if isinstance(cache, torch.Tensor) else cache
     ckv, kpe, scales = whole
@@ -135,7 +135,8 @@ def dequantise(
         latents = (groups * factors[..., None]).flatten(-2)
         return latents.to(dtype), None if kpe is None else kpe.to(dtype)
     columns = torch.arange(ckv.shape[-1], device=ckv.device)
-    each = factors[(columns >= ckv.shape[-1] - rope).long()]
+    inside = rope if kpe is None else 0
+    each = factors[(columns >= ckv.shape[-1] - inside).long()]
     keys = None if kpe is None else (kpe.float().to(exact) * factors[1]).to(dtype)
     return (numbers * each).to(dtype), keys
 

@@ -103,8 +103,7 @@ class CacheMemory:
                 return stored
             return _indexable(stored)[page, place].view(stored.dtype)
 
-        inside = 0 if whole.kpe is not None else rope
-        found = dequantise(LatentCache(*map(chosen, whole)), torch.float64, rope=inside)
+        found = dequantise(LatentCache(*map(chosen, whole)), torch.float64, rope=rope)
         return torch.cat([part for part in found if part is not None], -1)
 
 

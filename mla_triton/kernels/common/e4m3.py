@@ -56,7 +56,9 @@ def decode_e4m3(code, NATIVE: tl.constexpr):
         # The bits as a float32's, whose exponents are biased by 120 more; subnormals included.
         scaled = (magnitude << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
         scaled = tl.where(magnitude == 0x7F, float("nan"), scaled)
-        return tl.where(bits > 0x7F, -scaled, scaled)
+        # Not by a minus, which takes the sign of a zero away.
+        signed = scaled.to(tl.uint32, bitcast=True) | ((bits & 0x80) << 24)
+        return signed.to(tl.float32, bitcast=True)
 
 
 @triton.jit
