@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -12,125 +12,17 @@ from test_operators import fixed, launchers_made, needs_compiler, needs_kernels,
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mla_triton
-from mla_triton import CSRPageTable, LatentCache, reference
+from mla_triton import CSRPageTable, LatentCache
+from mla_triton.cache.quantise import dequantise
 from mla_triton.kernels.common.launch import Launcher
 from mla_triton.ops import gather as operation
 from mla_triton.testing import untouched_padding
-from mla_triton.testing.caches import FORMS, PACKED, cache_memory
-from mla_triton.testing.problems import moved, padded
+from mla_triton.testing.caches import FORMS, PACKED
+from mla_triton.testing.gathers import GatherInputs, gather_inputs, same_bits
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NAN = float("nan")
 by_form = pytest.mark.parametrize("form", FORMS)
-
-
-class GatherInputs(NamedTuple):
-    """The arguments of one call of `mla_triton.gather`."""
-
-    cache: torch.Tensor | LatentCache
-    table: torch.Tensor | CSRPageTable
-    cu_seqlens_k: torch.Tensor
-    starts: torch.Tensor | None
-    out: torch.Tensor
-    rope_out: torch.Tensor | None
-
-    def call(self, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Into buffers of its own."""
-        out, rope_out = (None if t is None else moved_clone(t) for t in (self.out, self.rope_out))
-        return mla_triton.gather(
-            self.cache, self.table, self.cu_seqlens_k, starts=self.starts, out=out,
-            rope_out=rope_out, **options,
-        )  # fmt: skip
-
-    def expected(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        out, rope_out = (None if t is None else moved_clone(t) for t in (self.out, self.rope_out))
-        reference.gather(
-            self.cache, self.table, self.cu_seqlens_k, starts=self.starts, out=out,
-            rope_out=rope_out,
-        )  # fmt: skip
-        return out, rope_out
-
-    @property
-    def reached(self) -> int:
-        """Rows that belong to a request."""
-        return int(self.cu_seqlens_k[-1])
-
-
-def moved_clone(tensor: torch.Tensor) -> torch.Tensor:
-    whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    whole = whole.set_(tensor.untyped_storage()).clone()
-    return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-
-
-def gather_inputs(
-    *,
-    form: str = "fused",
-    lengths: tuple[int, ...] = (9, 0, 20, 1),
-    starts: tuple[int, ...] | None = None,
-    page_size: int = 4,
-    latent: int = 512,
-    rope: int = 64,
-    cache_dtype: torch.dtype = torch.bfloat16,
-    dtype: torch.dtype = torch.bfloat16,
-    csr: bool = False,
-    strided: int = 0,
-    spare: int = 3,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-) -> GatherInputs:
-    """Requests of such lengths in pages at random, all slots filled; `spare` rows are nobody's.
-
-    Some pages are none of the cache.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    widths = (PACKED[form][1], 64) if form in PACKED else (latent, rope)
-    firsts = starts or (0,) * len(lengths)
-    pages_of = [max(0, -(-(f + n) // page_size)) for f, n in zip(firsts, lengths, strict=True)]
-    pages = max(3, sum(pages_of))
-    memory = cache_memory(
-        form, pages=pages, page_size=page_size, latent=widths[0], rope=widths[1],
-        dtype=cache_dtype, strided=strided, device=device,
-    )  # fmt: skip
-    slots = torch.arange(memory.capacity, device=device)
-    tokens = [torch.randn(len(slots), width, generator=generator).to(device) for width in widths]
-    reference.append(memory.cache, tokens[0], tokens[1] if widths[1] else None, slots)
-    order = torch.randperm(pages, generator=generator).tolist()
-    listed = [[order.pop() for _ in range(count)] for count in pages_of]
-    for entries in listed:
-        if len(entries) > 1 and torch.rand(1, generator=generator) < 0.3:
-            entries[1] = [-1, pages, 2**31 - 1][len(entries) % 3]
-    int32 = {"dtype": torch.int32, "device": device}
-    table: Any
-    if csr:
-        bounds = torch.tensor([0, *pages_of]).cumsum(0)
-        indices = [entry for entries in listed for entry in entries]
-        table = CSRPageTable(bounds.to(**int32), torch.tensor(indices or [0], **int32))
-    else:
-        width = max(1, *pages_of)
-        rows = [entries + [2**31 - 1] * (width - len(entries)) for entries in listed]
-        table = torch.tensor(rows, **int32)
-    bounds = torch.tensor([0, *lengths]).cumsum(0)
-
-    def buffer(width: int) -> torch.Tensor:
-        return padded(torch.full((int(bounds[-1]) + spare, width), NAN, dtype=dtype), strided)
-
-    return GatherInputs(
-        memory.cache,
-        table,
-        bounds.to(**int32),
-        None if starts is None else torch.tensor(starts, **int32),
-        moved(buffer(widths[0]), device),
-        moved(buffer(widths[1]), device) if widths[1] else None,
-    )
-
-
-def same_bits(one: Any, other: Any) -> bool:
-    integers = {2: torch.int16, 4: torch.int32}
-    return all(
-        (a is None and b is None)
-        or torch.equal(a.view(integers[a.element_size()]), b.view(integers[b.element_size()]))
-        for a, b in zip(one, other, strict=True)
-    )
 
 
 @st.composite
@@ -171,8 +63,6 @@ def test_by_a_loop_over_keys(form, csr, device):
     inputs = gather_inputs(form=form, csr=csr, starts=(2, 1, 0, 3), device=device)
     out, rope_out = inputs.call()
     whole = inputs.cache if isinstance(inputs.cache, LatentCache) else LatentCache(inputs.cache)
-    from mla_triton.cache.quantise import dequantise
-
     columns, keys = dequantise(whole, torch.float32, rope=64)
     if keys is None:
         columns, keys = columns[..., :-64], columns[..., -64:]

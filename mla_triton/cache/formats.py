@@ -70,7 +70,7 @@ class CacheFormat:
         """
         if pages.dtype != torch.uint8:
             raise TypeError(f"pages must be uint8, got {pages.dtype}")
-        count, size = pages.shape[0], self.page_bytes(page_size)
+        size = self.page_bytes(page_size)
         if pages[0].numel() != size or not pages[0].is_contiguous():
             rule = f"have {size} contiguous bytes a page ({self.name}, {page_size} tokens)"
             got = f"shape {tuple(pages.shape)} and strides {tuple(pages.stride())}"

@@ -20,6 +20,7 @@ from mla_triton.testing.caches import (
     append_inputs,
     cache_memory,
 )
+from mla_triton.testing.gathers import GatherInputs, gather_inputs, same_bits
 from mla_triton.testing.inputs import check_inputs, check_prefill_inputs
 from mla_triton.testing.merges import MergeInputs, merge_inputs
 from mla_triton.testing.prefill_problems import PrefillInputs, prefill_inputs
@@ -36,6 +37,7 @@ __all__ = [
     "Budget",
     "CacheMemory",
     "DecodeInputs",
+    "GatherInputs",
     "MergeInputs",
     "Model",
     "PrefillInputs",
@@ -49,10 +51,12 @@ __all__ = [
     "compare",
     "decode_budget",
     "decode_inputs",
+    "gather_inputs",
     "merge_budget",
     "merge_inputs",
     "prefill_budget",
     "prefill_inputs",
     "query_blocks",
+    "same_bits",
     "untouched_padding",
 ]
