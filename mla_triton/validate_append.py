@@ -106,7 +106,8 @@ def append(
         "latent": latent, "rope": rope, "slot_mapping": slots, "norm_weight": norm_weight,
         "cos_sin": cos_sin, "positions": positions,
     }  # fmt: skip
-    check_apart(known, [tensor for tensor in written if tensor is not None], read)
+    there = [tensor for tensor in written if tensor is not None]
+    check_apart(known, there, read, "the cache")
     return problem
 
 

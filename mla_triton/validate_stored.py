@@ -100,10 +100,10 @@ def find_stored(known: StoredFacts, latent: int, rope: int) -> Found:
     pages, page_size, columns = ckv.shape
     inside = kpe is None
     if columns != (latent + rope if inside else latent):
-        rule = f"be {latent} wide"
+        rule = f"have latent's {latent} columns"
         if inside:
-            rule = f"be {latent + rope} wide (latent {latent} + rope {rope})"
-        fail(ValueError, name, rule, f"width {columns}")
+            rule = f"have {latent + rope} columns (latent {latent} + rope {rope})"
+        fail(ValueError, name, rule, columns)
     if kpe is not None and tuple(kpe.shape) != (pages, page_size, rope):
         rule = f"be {(pages, page_size, rope)} to go with cache.ckv and rope"
         fail(ValueError, "cache.kpe", rule, shape(kpe))
@@ -245,7 +245,10 @@ def size_of(tensor: Layout | None) -> int:
 
 
 def check_apart(
-    known: Known, written: Sequence[torch.Tensor], read: dict[str, torch.Tensor | None]
+    known: Known,
+    written: Sequence[torch.Tensor],
+    read: dict[str, torch.Tensor | None],
+    what: str = "the results",
 ) -> None:
     """Raises where what is written shares memory with what is read."""
     addresses = [tensor.data_ptr() for tensor in written]
@@ -258,4 +261,4 @@ def check_apart(
         if address + size <= first or address >= last:
             continue
         if any(memory.share(memory.of(tensor), memory.of(place)) for place in written):
-            fail(ValueError, name, "share no memory with the cache", "tensors that overlap")
+            fail(ValueError, name, f"share no memory with {what}", "tensors that overlap")
