@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from types import ModuleType
-
 import torch
 
-from mla_triton import configs, reference, select, validate, validate_append, validate_stored
 from mla_triton import device as devices
+from mla_triton import reference, select, validate, validate_append, validate_stored
 from mla_triton.cache import LatentCache
-from mla_triton.device import Device
 from mla_triton.kernels.portable.append import AppendTensors
 from mla_triton.ops.library import LIBRARY
-from mla_triton.ops.merge import Prepared
-from mla_triton.ops.plan import launcher
+from mla_triton.ops.prepare import prepare
 from mla_triton.ops.recall import is_plain_eager
-from mla_triton.problem_cache import AppendProblem
 
 
 def append(
@@ -82,16 +76,6 @@ LIBRARY.define(
     "Tensor slot_mapping, Tensor? norm_weight, Tensor? cos_sin, Tensor? positions, "
     "float norm_eps, str rope_style, bool power_of_two_scales, str? impl) -> ()"
 )
-
-
-@lru_cache(maxsize=1024)
-def prepare(
-    implementation: ModuleType, problem: AppendProblem, device: Device, index: int | None
-) -> Prepared:
-    config = configs.choose(implementation, problem, device, None).config
-    return Prepared(
-        config, launcher(implementation.variant(problem, config, device), device, index)
-    )
 
 
 def _append(

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from types import ModuleType
 
 import torch
 
-from mla_triton import configs, reference, select, validate, validate_copy
 from mla_triton import device as devices
+from mla_triton import reference, select, validate, validate_copy
 from mla_triton.cache import LatentCache
-from mla_triton.device import Device
 from mla_triton.kernels.portable.copy_pages import CopyTensors
 from mla_triton.ops.library import LIBRARY
-from mla_triton.ops.merge import Prepared
-from mla_triton.ops.plan import launcher
+from mla_triton.ops.prepare import prepare
 from mla_triton.ops.recall import is_plain_eager
-from mla_triton.problem_cache import CopyProblem
 
 
 def copy_pages(
@@ -65,16 +60,6 @@ LIBRARY.define(
     "copy_pages(str[] names, Tensor[] read, Tensor(a!)[] written, Tensor source_pages, "
     "Tensor target_pages, str? impl) -> ()"
 )
-
-
-@lru_cache(maxsize=1024)
-def prepare(
-    implementation: ModuleType, problem: CopyProblem, device: Device, index: int | None
-) -> Prepared:
-    config = configs.choose(implementation, problem, device, None).config
-    return Prepared(
-        config, launcher(implementation.variant(problem, config, device), device, index)
-    )
 
 
 def _copy_pages(

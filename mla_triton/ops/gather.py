@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from types import ModuleType
-
 import torch
 
-from mla_triton import configs, reference, select, validate, validate_gather, validate_stored
 from mla_triton import device as devices
+from mla_triton import reference, select, validate, validate_gather, validate_stored
 from mla_triton.cache import CSRPageTable, LatentCache
-from mla_triton.device import Device
 from mla_triton.kernels.portable.gather import GatherTensors
 from mla_triton.ops.library import LIBRARY
-from mla_triton.ops.merge import Prepared
-from mla_triton.ops.plan import launcher
+from mla_triton.ops.prepare import prepare
 from mla_triton.ops.recall import is_plain_eager
-from mla_triton.problem_cache import GatherProblem
 
 
 def gather(
@@ -100,16 +94,6 @@ LIBRARY.define(
     "gather(Tensor ckv, Tensor? kpe, Tensor? scales, Tensor pages, Tensor? indptr, "
     "Tensor cu_seqlens_k, Tensor? starts, Tensor(a!) out, Tensor(b!)? rope_out, str? impl) -> ()"
 )
-
-
-@lru_cache(maxsize=1024)
-def prepare(
-    implementation: ModuleType, problem: GatherProblem, device: Device, index: int | None
-) -> Prepared:
-    config = configs.choose(implementation, problem, device, None).config
-    return Prepared(
-        config, launcher(implementation.variant(problem, config, device), device, index)
-    )
 
 
 def _gather(

@@ -68,7 +68,9 @@ def choose(
     if device.backend == "interpreter":
         return Config(8, 1), "the interpreter has neither warps nor registers"
     refused = []
-    for wanted, warps in ((1 if problem.few else 4, 1), (1, 1), (1, 2), (1, 4)):
+    # Elements of misaligned rows have an address each: of several rows, too many for a thread.
+    rows = 1 if problem.few or not problem.aligned else 4
+    for wanted, warps in ((rows, 1), (1, 1), (1, 2), (1, 4)):
         config = Config(wanted, warps)
         valid, rule = is_valid(config, problem, device)
         if valid:
