@@ -272,7 +272,7 @@ def decode_problem(call: DecodeCall) -> DecodeProblem:
     check_rows("q_nope", queries, heads)
 
     num_pages, page_size, _ = ckv.shape
-    capacity = _check_page_table(table_name, pages, indptr, batch, page_size)
+    capacity = check_page_table(table_name, pages, indptr, batch, page_size)
     if call.max_kv_len is not None:
         check_least("max_kv_len", call.max_kv_len, 0)
         if call.max_kv_len > capacity:
@@ -481,7 +481,7 @@ def _check_offsets(name: str, offsets: Layout, batch: int) -> None:
         fail(ValueError, name, f"be contiguous [batch + 1] = [{batch + 1}]", offsets)
 
 
-def _check_page_table(
+def check_page_table(
     name: str, pages: Layout, indptr: Layout | None, batch: int, page_size: int
 ) -> int:
     """The most keys a request may have, as far as the table's shape tells."""

@@ -19,6 +19,7 @@ import numpy
 import prefill_rejections
 import pytest
 import torch
+from cache_rejections import CACHE
 from merge_rejections import MERGE
 from quantised_rejections import QUANTISED
 from rejections import (
@@ -73,7 +74,7 @@ def debugging(monkeypatch):
     debug.switched_on.cache_clear()
 
 
-@named([*ALWAYS, *QUANTISED, *MERGE])
+@named([*ALWAYS, *QUANTISED, *MERGE, *CACHE])
 def test_rejection(case):
     rejected(case)
 
@@ -454,12 +455,16 @@ def test_an_ordinary_call_does_not_load_what_tests_need():
 
 # -- source, table and documentation agree
 
-EVERY = [*REJECTIONS, *QUANTISED, *MERGE, *prefill_rejections.REJECTIONS]
+EVERY = [*REJECTIONS, *QUANTISED, *MERGE, *CACHE, *prefill_rejections.REJECTIONS]
 FOUND_BY_DEBUGGING = [*DEBUG, *DEBUG_INTERPRETED, *prefill_rejections.DEBUG]
 SOURCES = (
     "validate.py",
     "validate_plan.py",
     "validate_merge.py",
+    "validate_stored.py",
+    "validate_append.py",
+    "validate_gather.py",
+    "validate_copy.py",
     "validate_prefill.py",
     "debug.py",
     "select.py",
