@@ -18,13 +18,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from mla_triton.kernels.common.launch import TYPE_NAMES, Launch, Variant, View
-from mla_triton.kernels.common.tensors import DecodeTensors, strides
-from mla_triton.kernels.common.tiles import LOG2_E
+from mla_triton.kernels.common.launch import TYPE_NAMES, Launch, Variant
+from mla_triton.kernels.common.tensors import DecodeTensors
 from mla_triton.kernels.sm90 import quantised_steps
 from mla_triton.kernels.sm90.decode_config import BLOCK, Config
 from mla_triton.kernels.sm90.gluon import GluonASTSource, gl, gluon
 from mla_triton.kernels.sm90.pieces import Call, barriers
+from mla_triton.kernels.sm90.views import maps, row_strides, sizes
 from mla_triton.plan import Geometry
 from mla_triton.problem import DecodeProblem
 
@@ -180,16 +180,6 @@ def map_type(rows: int, columns: int, swizzle: int) -> str:
     return f"tensordesc<fp8e4nv[{rows}, {columns}],{layout!r}>"
 
 
-def maps(problem: DecodeProblem, tensors: DecodeTensors) -> list[View]:
-    """Latents and rotary keys, each as one row of slots, whatever page they are in."""
-    last_page = tensors.ckv.shape[0] - 1
-    rows = last_page * problem.page_slots + problem.page_size
-    latents = View(tensors.ckv, (rows, problem.value_dim), (problem.ckv_stride_slot, 1))
-    if tensors.kpe is None:
-        return [latents, View(tensors.ckv, (rows, problem.key_dim), latents.strides)]
-    return [latents, View(tensors.kpe, (rows, problem.rope), (problem.kpe_stride_slot, 1))]
-
-
 def arguments(problem: DecodeProblem, geometry: Geometry, tensors: DecodeTensors) -> list[Any]:
     """The run-time arguments, in the order of `ARGUMENTS`."""
     t = tensors
@@ -207,22 +197,11 @@ def arguments(problem: DecodeProblem, geometry: Geometry, tensors: DecodeTensors
         t.out,
         t.lse,
         *maps(problem, t),
-        *strides(t.q_nope, problem.ragged),
-        *strides(t.q_rope, problem.ragged),
-        *strides(t.out, problem.ragged),
-        *strides(t.lse, problem.ragged),
+        *row_strides(problem, t),
         t.pages.shape[0] if problem.csr else t.pages.stride(0),
         problem.page_slots,
         problem.value_dim if problem.fused else 0,
-        problem.batch,
-        problem.s_q or 0,
-        problem.queries,
-        problem.heads,
-        min(problem.max_kv_len, t.planned_kv_len),
-        t.planned_kv_len,
-        problem.num_pages,
-        geometry.parts,
-        t.softmax_scale * LOG2_E,
+        *sizes(problem, geometry, t),
     ]
 
 
