@@ -3,11 +3,11 @@
 #
 #   benchmarks/run_gpu.sh OUTPUT_DIRECTORY [STEP...]
 #
-# Steps, all of them by default and in this order: info check tests prefill merge tuning sm8x
-# bench bench_prefill bench_merge bench_chunked tune first_call sanitizer suite. Each has a time limit
-# (LIMIT_<STEP>, in seconds), its log is OUTPUT_DIRECTORY/<step>.log, and a step that fails stops none
-# of the others. PYTHON names the interpreter; PYTEST_ARGS (such as "-n 8", to compile on several
-# cores) and BENCH_ARGS are handed on.
+# Steps, all of them by default and in this order: info check tests prefill merge cache tuning
+# sm8x bench bench_prefill bench_merge bench_append bench_chunked bench_quantised tune first_call
+# sanitizer suite. Each has a time limit (LIMIT_<STEP>, in seconds), its log is
+# OUTPUT_DIRECTORY/<step>.log, and a step that fails stops none of the others. PYTHON names the
+# interpreter; PYTEST_ARGS (such as "-n 8", to compile on several cores) and BENCH_ARGS are handed on.
 set -u
 
 cd "$(dirname "$0")/.."
@@ -18,8 +18,9 @@ fi
 output=$1
 shift
 steps=("$@")
-[ ${#steps[@]} -gt 0 ] || steps=(info check tests prefill merge tuning sm8x bench bench_prefill \
-    bench_merge bench_chunked tune first_call sanitizer suite)
+[ ${#steps[@]} -gt 0 ] || steps=(info check tests prefill merge cache tuning sm8x bench \
+    bench_prefill bench_merge bench_append bench_chunked bench_quantised tune first_call sanitizer \
+    suite)
 
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -36,6 +37,7 @@ command_of() {
     prefill) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_prefill_gpu.py \
         tests/gpu/test_chunked_prefill_gpu.py tests/gpu/test_lengths_gpu.py" ;;
     merge) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_merge_gpu.py" ;;
+    cache) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_cache_gpu.py" ;;
     tuning) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_tuning_gpu.py" ;;
     sm8x) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_sm8x_code.py" ;;
     bench) echo "$python benchmarks/decode.py --output '$output/bench.json' ${BENCH_ARGS:-}; rc=\$?;
@@ -43,12 +45,15 @@ command_of() {
         exit \$rc" ;;
     bench_prefill) echo "$python benchmarks/prefill.py --output '$output/prefill.json'" ;;
     bench_merge) echo "$python benchmarks/merge.py --output '$output/merge.json'" ;;
+    bench_append) echo "$python benchmarks/append.py --output '$output/append.json'" ;;
     bench_chunked) echo "$python benchmarks/chunked.py --output '$output/chunked.json'" ;;
+    bench_quantised) echo "$python benchmarks/quantised.py --output '$output/quantised.json'" ;;
     tune) echo "$python benchmarks/tune.py --output '$output/tune.json'" ;;
     first_call) echo "$python benchmarks/first_call.py --output '$output/first_call.json'" ;;
     sanitizer) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_sanitizer.py" ;;
     suite) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/test_operators.py \
         tests/test_prefill_operators.py tests/test_merge.py tests/test_merge_operators.py \
+        tests/test_append.py tests/test_gather.py tests/test_copy_pages.py tests/test_formats.py \
         tests/test_recall.py tests/test_deepseek_v3_layer.py" ;;
     *) return 1 ;;
     esac
@@ -62,12 +67,15 @@ limit_of() {
     tests) echo "${!own:-600}" ;;
     prefill) echo "${!own:-900}" ;;
     merge) echo "${!own:-300}" ;;
+    cache) echo "${!own:-600}" ;;
     tuning) echo "${!own:-300}" ;;
     sm8x) echo "${!own:-240}" ;;
     bench) echo "${!own:-420}" ;;
     bench_prefill) echo "${!own:-300}" ;;
     bench_merge) echo "${!own:-240}" ;;
+    bench_append) echo "${!own:-240}" ;;
     bench_chunked) echo "${!own:-300}" ;;
+    bench_quantised) echo "${!own:-240}" ;;
     tune) echo "${!own:-300}" ;;
     first_call) echo "${!own:-300}" ;;
     sanitizer) echo "${!own:-600}" ;;

@@ -19,8 +19,16 @@ import triton
 
 from mla_triton import device as devices
 from mla_triton.problem import DecodeProblem, PrefillProblem
-from mla_triton.testing import prefill_compilation
-from mla_triton.testing.compilation import DIMENSIONS, LABELS, Case, Compiled, cases, compile_all
+from mla_triton.testing import cache_compilation, prefill_compilation
+from mla_triton.testing.compilation import (
+    DIMENSIONS,
+    LABELS,
+    Case,
+    Compiled,
+    OfCache,
+    cases,
+    compile_all,
+)
 
 PAGE = Path(__file__).parent / "support.md"
 INTRODUCTION = """\
@@ -79,6 +87,15 @@ gives the worst of all forms of call. Those of 9.0 have run on an H200, and no o
 | capability | qk, v | dtype | queries | config | shared memory | registers | spills | in the loop |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """
+CACHE = """\
+## Append, gather and copies of pages
+
+The kernels of [the cache](cache.md), as they are chosen. Each line gives the worst of every form of
+cache and of call. Only gather has a loop, over requests, and it accesses no stack.
+
+| capability | operation | variants | shared memory | registers | spills |
+| --- | --- | --- | --- | --- | --- |
+"""
 
 
 def family(rows: Iterable[Compiled]) -> str:
@@ -99,6 +116,29 @@ def summary(compiled: Sequence[Compiled]) -> str:
             f"{len(every) - len(rows)} of combine, schedule and merge |"
         )
     return "\n".join(lines) + "\n"
+
+
+def is_of_cache(row: Compiled) -> bool:
+    return isinstance(row.case.problem, OfCache)
+
+
+def cache_section(compiled: Sequence[Compiled]) -> str:
+    """The worst of every form, a row for each operation on each card."""
+    lines = []
+    for label in LABELS:
+        for operation in ("append", "gather", "copy_pages"):
+            rows = [
+                row.resources
+                for row in compiled
+                if (row.case.label, row.case.kernel) == (label, operation)
+            ]
+            shared, registers, spills = (
+                max(getattr(row, name) for row in rows)
+                for name in ("shared_memory", "registers", "spilled")
+            )
+            cells = (label, operation, len(rows), shared, registers, spills)
+            lines.append("| " + " | ".join(map(str, cells)) + " |\n")
+    return CACHE + "".join(lines)
 
 
 def is_prefill(row: Compiled) -> bool:
@@ -195,11 +235,13 @@ def prefill_section(compiled: Sequence[Compiled]) -> str:
 
 def every_case() -> list[Case]:
     """What the page is about."""
-    return [*cases(), *prefill_compilation.cases()]
+    return [*cases(), *prefill_compilation.cases(), *cache_compilation.cases()]
 
 
 def page(compiled: Sequence[Compiled]) -> str:
     """The whole page as Markdown, from `every_case` compiled."""
+    of_cache = [row for row in compiled if is_of_cache(row)]
+    compiled = [row for row in compiled if not is_of_cache(row)]
     parts = [INTRODUCTION + summary(compiled), FOREIGN, TABLES.format(triton=triton.__version__)]
     for label in LABELS:
         rows = [row for row in compiled if row.case.label == label and not is_prefill(row)]
@@ -213,7 +255,8 @@ def page(compiled: Sequence[Compiled]) -> str:
             f"{max(r.resources.shared_memory for r in small)} bytes of shared memory and "
             f"{max(r.resources.spilled for r in small)} bytes of spills.\n"
         )
-    return "\n".join([*parts, prefill_section(list(filter(is_prefill, compiled)))])
+    parts.append(prefill_section(list(filter(is_prefill, compiled))))
+    return "\n".join([*parts, cache_section(of_cache)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,7 +6,10 @@ says how close a kernel has to come to it.
 """
 
 from mla_triton.cache import CSRPageTable, LatentCache
+from mla_triton.ops.append import append
+from mla_triton.ops.copy_pages import copy_pages
 from mla_triton.ops.decode import decode
+from mla_triton.ops.gather import gather
 from mla_triton.ops.merge import merge
 from mla_triton.ops.plan import Plan, plan
 from mla_triton.ops.prefill import prefill
@@ -20,7 +23,10 @@ __all__ = [
     "CSRPageTable",
     "LatentCache",
     "Plan",
+    "append",
+    "copy_pages",
     "decode",
+    "gather",
     "merge",
     "plan",
     "prefill",

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from functools import lru_cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mla_triton import reference
 from mla_triton.device import Device
 from mla_triton.kernels import sm90
+from mla_triton.kernels.portable import append as portable_append
+from mla_triton.kernels.portable import copy_pages as portable_copy
 from mla_triton.kernels.portable import decode as portable_decode
 from mla_triton.kernels.portable import decode_config as portable_config
+from mla_triton.kernels.portable import gather as portable_gather
 from mla_triton.kernels.portable import merge as portable_merge
 from mla_triton.kernels.portable import prefill as portable_prefill
 from mla_triton.kernels.portable import prefill_config
@@ -24,6 +27,7 @@ from mla_triton.kernels.sm90 import decode_config as sm90_config
 from mla_triton.kernels.sm90 import prefill_config as sm90_prefill_config
 from mla_triton.plan import Geometry
 from mla_triton.problem import DecodeProblem, MergeProblem, PrefillProblem
+from mla_triton.problem_cache import AppendProblem, CopyProblem, GatherProblem
 
 CONFIGURED = {"sm90": sm90_config, "portable": portable_config}
 """How the kernels of decode are configured, which needs no compiler and no Gluon."""
@@ -57,7 +61,10 @@ def _taken(operation: str, reasons: Reasons, device: Device, impl: str | None) -
     raise NotImplementedError(message)
 
 
-def why_not_reference(device: Device, cost: str = "it synchronises and copies") -> str | None:
+WAITS = "it synchronises and copies"
+
+
+def why_not_reference(device: Device, cost: str = WAITS) -> str | None:
     """The reference copies, and of most operations reads lengths: never on a GPU by itself."""
     if device.backend in ("cuda", "hip"):
         return f"{cost}; on a GPU it runs only when asked for (impl='reference')"
@@ -136,15 +143,46 @@ decode = lru_cache(maxsize=4096)(choose_decode)
 
 def choose_merge(problem: MergeProblem, device: Device, impl: str | None = None) -> Selection:
     """What merges states on a device; raises as `name_decode` does."""
-    reasons = (
-        ("portable", portable_merge.why_not(problem, device)),
-        ("reference", why_not_reference(device, "it copies, in float64")),
-    )
-    name = _taken("merge", reasons, device, impl)
-    return Selection(name, portable_merge if name == "portable" else reference, reasons)
+    return _portable("merge", portable_merge, "it copies, in float64", problem, device, impl)
 
 
 merge = lru_cache(maxsize=1024)(choose_merge)
+
+
+def choose_append(problem: AppendProblem, device: Device, impl: str | None = None) -> Selection:
+    """What writes tokens to a cache on a device; raises as `name_decode` does."""
+    return _portable("append", portable_append, WAITS, problem, device, impl)
+
+
+append = lru_cache(maxsize=1024)(choose_append)
+
+
+def choose_gather(problem: GatherProblem, device: Device, impl: str | None = None) -> Selection:
+    """What reads tokens of a cache into rows on a device; raises as `name_decode` does."""
+    return _portable("gather", portable_gather, WAITS, problem, device, impl)
+
+
+gather = lru_cache(maxsize=1024)(choose_gather)
+
+
+def choose_copy_pages(problem: CopyProblem, device: Device, impl: str | None = None) -> Selection:
+    """What copies pages on a device; raises as `name_decode` does."""
+    return _portable("copy_pages", portable_copy, WAITS, problem, device, impl)
+
+
+copy_pages = lru_cache(maxsize=1024)(choose_copy_pages)
+
+
+def _portable(
+    operation: str, module: ModuleType, cost: str, problem: Any, device: Device, impl: str | None
+) -> Selection:
+    """The choice where there are the portable kernel and the reference alone."""
+    reasons = (
+        ("portable", module.why_not(problem, device)),
+        ("reference", why_not_reference(device, cost)),
+    )
+    name = _taken(operation, reasons, device, impl)
+    return Selection(name, module if name == "portable" else reference, reasons)
 
 
 def choose_prefill(problem: PrefillProblem, device: Device, impl: str | None = None) -> Selection:

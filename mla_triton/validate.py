@@ -272,7 +272,7 @@ def decode_problem(call: DecodeCall) -> DecodeProblem:
     check_rows("q_nope", queries, heads)
 
     num_pages, page_size, _ = ckv.shape
-    capacity = _check_page_table(table_name, pages, indptr, batch, page_size)
+    capacity = check_page_table(table_name, pages, indptr, batch, page_size)
     if call.max_kv_len is not None:
         check_least("max_kv_len", call.max_kv_len, 0)
         if call.max_kv_len > capacity:
@@ -452,7 +452,8 @@ def _check_scales(
     *slots, width = ckv.shape
     groups = scales.shape[-1] if len(scales.shape) == 3 else 0
     if tuple(scales.shape[:-1]) != tuple(slots) or groups < 1 or width % groups:
-        rule = f"be {(*slots, 'groups')} to go with cache.ckv, with groups that divide {width}"
+        places = f"[{slots[0]}, {slots[1]}, groups]"
+        rule = f"be {places} to go with cache.ckv, with groups that divide {width}"
         fail(ValueError, "cache.scales", rule, shape(scales))
     if not scales.last_is_contiguous:
         fail(ValueError, "cache.scales", LAST_DIMENSION, f"strides {tuple(scales.strides)}")
@@ -460,7 +461,7 @@ def _check_scales(
         rule = "have rotary keys of their own, cache.kpe, where each token has scales"
         fail(ValueError, "cache", rule, "None")
     if rope not in (None, q_nope.dtype):
-        rule = f"have q_nope's dtype {q_nope.dtype} where each token has scales"
+        rule = f"be {q_nope.dtype} like q_nope where each token has scales"
         fail(TypeError, "cache.kpe", rule, rope)
     return Storage(rope, width // groups, scales.dtype, scales.strides[1])
 
@@ -480,7 +481,7 @@ def _check_offsets(name: str, offsets: Layout, batch: int) -> None:
         fail(ValueError, name, f"be contiguous [batch + 1] = [{batch + 1}]", offsets)
 
 
-def _check_page_table(
+def check_page_table(
     name: str, pages: Layout, indptr: Layout | None, batch: int, page_size: int
 ) -> int:
     """The most keys a request may have, as far as the table's shape tells."""

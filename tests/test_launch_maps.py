@@ -91,6 +91,7 @@ def tensors(pair: bool = False, pages: int = PAGES) -> DecodeTensors:
         q_rope=q[..., 512:],
         ckv=ckv,
         kpe=kpe[0] if pair else None,
+        scales=None,
         pages=torch.zeros(BATCH, 7, dtype=torch.int32),
         indptr=None,
         kv_lens=torch.zeros(BATCH, dtype=torch.int32),

@@ -31,7 +31,7 @@ MAX_LINES = 600
 # (module, what it must not import), both by the start of a dotted name. The first that fits counts.
 UPPER = (
     "ops", "select", "validate", "validate_merge", "cli", "check", "explain", "compat", "tuning",
-    "testing",
+    "testing", "validate_stored", "validate_append", "validate_gather", "validate_copy",
 )  # fmt: skip
 ARROWS: list[tuple[str, tuple[str, ...]]] = [
     ("mla_triton.reference", ("triton", "mla_triton.kernels", *(f"mla_triton.{m}" for m in UPPER))),
@@ -53,6 +53,14 @@ ARROWS: list[tuple[str, tuple[str, ...]]] = [
         "mla_triton.validate_merge",
         ("triton", "mla_triton.kernels", "mla_triton.ops", "mla_triton.select"),
     ),
+    *(
+        (
+            f"mla_triton.{name}",
+            ("triton", *(f"mla_triton.{m}" for m in ("kernels", "ops", "select"))),
+        )
+        for name in ("validate_stored", "validate_append", "validate_gather", "validate_copy")
+    ),
+    ("mla_triton.problem_cache", ("triton", "mla_triton")),
     ("mla_triton.select", ("mla_triton.ops", "mla_triton.cli", "mla_triton.testing")),
     (
         "mla_triton.configs",
@@ -265,9 +273,12 @@ def test_options_of_operations_are_keyword_only() -> None:
             for p in inspect.signature(getattr(mla_triton, name)).parameters.values()
             if p.kind is not inspect.Parameter.KEYWORD_ONLY
         ]
-        for name in ("decode", "merge", "plan", "prefill")
+        for name in ("append", "copy_pages", "decode", "gather", "merge", "plan", "prefill")
     }
     assert positional == {
+        "append": ["cache", "latent", "rope", "slot_mapping"],
+        "copy_pages": ["cache_from", "cache_to", "source_pages", "target_pages"],
+        "gather": ["cache", "page_table", "cu_seqlens_k"],
         "decode": ["q_nope", "q_rope", "cache", "page_table", "kv_lens"],
         "merge": ["states"],
         "plan": ["kv_lens"],

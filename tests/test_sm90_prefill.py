@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import replace
+from itertools import groupby
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -61,9 +62,24 @@ class Seen(NamedTuple):
     spilled: int
     instructions: frozenset[str]
     remarks: str
-    exponentials: int
-    """Between the wait for a step's scores and that for its output, the fewest of any loop."""
+    steps: list[list[str]]
+    """Of every loop over blocks, what it does in order, by the names of `DOES`."""
+    exponentials: list[int]
+    """Between the wait for a step's scores and that for its output, of every step in the code."""
+    phases: list[list[str]]
+    """That are waited for between these two, by their names before they are machine code."""
     ptx: str
+
+
+DOES = {
+    "HGMMA": "multiply",
+    "gsb0, 0x1": "scores",
+    "gsb0, 0x0": "output",
+    "SYNCS.PHASECHK": "wait",
+    "SYNCS.ARRIVE": "release",
+    "FSEL": "hide",
+}
+"""What an instruction is for: the waits for scores and for the output are those for wgmma."""
 
 
 def compile_case(case: tuple[str, Config]) -> Seen:
@@ -74,21 +90,44 @@ def compile_case(case: tuple[str, Config]) -> Seen:
         triton.knobs.compilation.always_compile = True
         compiled = prefill.compile(PROBLEMS[name], config, CARD)
     found = resources.read(compiled)
+    text = resources._tool(compiled, "nvdisasm", "-c")
     return Seen(
         found.shared_memory,
         found.spilled,
         found.instructions,
         said.getvalue(),
-        exponentials_under_products(compiled),
+        steps_of(text),
+        exponentials_under_products(text),
+        phases_under_products(compiled.asm["ttgir"]),
         compiled.asm["ptx"],
     )
 
 
-def exponentials_under_products(compiled: Any) -> int:
-    text = resources._tool(compiled, "nvdisasm", "-c")
+def steps_of(text: str) -> list[list[str]]:
+    """What the loops do that wait once for scores and once for the output."""
+    label, branch = r"\s*(\.L_x_\d+):", r"BRA.*`\((\.L_x_\d+)\)"
+    loops = resources.innermost_matrix_loops(text.splitlines(), label, branch, "HGMMA")
+    steps = [[does for line in loop for does in named(line)] for loop in loops]
+    return [step for step in steps if waited_for(step) == ["scores", "output"]]
+
+
+def named(line: str) -> list[str]:
+    return [does for name, does in DOES.items() if name in line]
+
+
+def waited_for(step: list[str]) -> list[str]:
+    return [does for does in step if does in ("scores", "output")]
+
+
+def exponentials_under_products(text: str) -> list[int]:
     waits = r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1(.*?)WARPGROUP\.DEPBAR\.LE gsb0, 0x0"
-    counts = [part.count("MUFU.EX2") for part in re.findall(waits, text, re.DOTALL)]
-    return min(counts) if len(counts) == 2 else 0
+    return [part.count("MUFU.EX2") for part in re.findall(waits, text, re.DOTALL)]
+
+
+def phases_under_products(text: str) -> list[list[str]]:
+    waits = r"pendings = 1 (.*?)pendings = 0 "
+    wanted = r"wait_barrier %\w+, (%\w+)"
+    return [re.findall(wanted, part) for part in re.findall(waits, text, re.DOTALL)]
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +151,8 @@ def test_wgmma_is_not_serialised_and_registers_are_given_away(compiled):
     for case, seen in compiled.items():
         assert seen.instructions == {"wgmma"}, case
         assert "ptxas info" in seen.remarks
-        assert "serialized" not in seen.remarks, case
-        assert "ignored" not in seen.remarks, case
+        for remark in ("serialized", "ignored", "warning", "Potential Performance Loss"):
+            assert remark not in seen.remarks, case
         assert "setmaxnreg" in seen.ptx, case
 
 
@@ -121,8 +160,34 @@ def test_the_softmax_runs_under_a_product(compiled):
     """Both warpgroups have a step's exponentials while its second product is under way: the
     assembler is free to wait for the product first, and once did."""
     for (name, config), seen in compiled.items():
+        # One step in each loop, and under a mask that of the first warpgroup behind half a block.
+        assert len(seen.exponentials) == (5 if PROBLEMS[name].causal else 2), (name, config)
         # A thread has two rows, and shares each with three others.
-        assert seen.exponentials >= 64 * config.block_n // 128, (name, config)
+        assert min(seen.exponentials) >= 64 * config.block_n // 128, (name, config)
+
+
+def test_masks_have_a_loop_of_their_own(compiled):
+    """Each warpgroup looks where keys are hidden in one loop, if anywhere, and not in the other."""
+    for (name, config), seen in compiled.items():
+        hides = [step.count("hide") for step in seen.steps]
+        if PROBLEMS[name].causal:
+            first, first_plain, second, second_plain = hides
+            assert min(first, second) >= 64 * config.block_n // 128, (name, config)
+            assert (first_plain, second_plain) == (0, 0), (name, config)
+        else:
+            assert hides == [0, 0], (name, config)
+
+
+def test_a_slot_is_released_before_the_next_is_waited_for(compiled):
+    """A step waits for its keys and values at its beginning. The wait in its middle only holds the
+    softmax where it is: for a phase that is the same in every step, and over."""
+    order = ["wait", "multiply", "scores", "wait", "output", "release"]
+    for case, seen in compiled.items():
+        assert len(seen.phases) == len(seen.exponentials), case
+        for phases in seen.phases:
+            assert [phase[:7] for phase in phases] == ["%c1_i32"], case
+        for step in seen.steps:
+            assert [d for d, _ in groupby(step) if d != "hide"] == order, case
 
 
 def test_what_changes_code_is_in_the_variant_and_nothing_else():

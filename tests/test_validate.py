@@ -19,7 +19,9 @@ import numpy
 import prefill_rejections
 import pytest
 import torch
+from cache_rejections import CACHE
 from merge_rejections import MERGE
+from quantised_rejections import QUANTISED
 from rejections import (
     ALWAYS,
     BATCH,
@@ -72,7 +74,7 @@ def debugging(monkeypatch):
     debug.switched_on.cache_clear()
 
 
-@named([*ALWAYS, *MERGE])
+@named([*ALWAYS, *QUANTISED, *MERGE, *CACHE])
 def test_rejection(case):
     rejected(case)
 
@@ -204,7 +206,7 @@ def odd_size_1_strides(tensor: torch.Tensor) -> torch.Tensor:
         {"q_nope": lambda q: q.transpose(0, 2).contiguous().transpose(0, 2)},
         {"cache": lambda c: torch.stack([c, c], 1)[:, 1]},
         {"cache": lambda c: c.transpose(0, 1).contiguous().transpose(0, 1)},
-        {"pair": True, "cache": lambda c: LatentCache(*map(narrowed, c))},
+        {"pair": True, "cache": lambda c: LatentCache(narrowed(c.ckv), narrowed(c.kpe))},
         {"out": narrowed, "lse": spaced},
         {"out": lambda t: t.transpose(0, 2).contiguous().transpose(0, 2)},
         {"csr": True, "page_table": lambda t: t._replace(indices=wider(t.indices))},
@@ -453,11 +455,16 @@ def test_an_ordinary_call_does_not_load_what_tests_need():
 
 # -- source, table and documentation agree
 
-EVERY = [*REJECTIONS, *MERGE, *prefill_rejections.REJECTIONS]
+EVERY = [*REJECTIONS, *QUANTISED, *MERGE, *CACHE, *prefill_rejections.REJECTIONS]
 FOUND_BY_DEBUGGING = [*DEBUG, *DEBUG_INTERPRETED, *prefill_rejections.DEBUG]
 SOURCES = (
     "validate.py",
+    "validate_plan.py",
     "validate_merge.py",
+    "validate_stored.py",
+    "validate_append.py",
+    "validate_gather.py",
+    "validate_copy.py",
     "validate_prefill.py",
     "debug.py",
     "select.py",

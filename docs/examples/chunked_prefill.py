@@ -103,21 +103,28 @@ class Cache:
         order = torch.randperm(2 * count)[:count].view(len(prompts), most)
         self.table = order.to(like.device, torch.int32)
 
-    def places(self, spans: Sequence[Span]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(page, slot) of every token of some spans, a span for each request."""
+    def slots(self, spans: Sequence[Span]) -> torch.Tensor:
+        """Those of every token of some spans, a span for each request."""
         found = []
         for request, (begin, end) in enumerate(spans):
             position = torch.arange(begin, end, device=self.table.device)
-            page = self.table[request, position // PAGE_SIZE].long()
-            found.append(torch.stack([page, position % PAGE_SIZE]))
-        page, slot = torch.cat(found, dim=1)
-        return page, slot
+            page = self.table[request, position // PAGE_SIZE]
+            found.append(page * PAGE_SIZE + position % PAGE_SIZE)
+        return torch.cat(found)
 
     def append(self, spans: Sequence[Span], keys: torch.Tensor) -> None:
-        self.pages[self.places(spans)] = keys
+        """Latents and rotary keys are side by side already: to the cache, they are one."""
+        mla_triton.append(self.pages, keys, None, self.slots(spans))
 
     def gather(self, spans: Sequence[Span]) -> torch.Tensor:
-        return self.pages[self.places(spans)]
+        keys, _ = mla_triton.gather(
+            self.pages,
+            self.table,
+            offsets(spans, self.table.device),
+            rows=sum(end - begin for begin, end in spans),
+            starts=torch.tensor([b for b, _ in spans], device=self.table.device).int(),
+        )
+        return keys
 
 
 def offsets(spans: Sequence[Span], device: torch.device) -> torch.Tensor:

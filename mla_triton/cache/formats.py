@@ -70,19 +70,19 @@ class CacheFormat:
         """
         if pages.dtype != torch.uint8:
             raise TypeError(f"pages must be uint8, got {pages.dtype}")
-        count, size = pages.shape[0], self.page_bytes(page_size)
+        size = self.page_bytes(page_size)
         if pages[0].numel() != size or not pages[0].is_contiguous():
             rule = f"have {size} contiguous bytes a page ({self.name}, {page_size} tokens)"
             got = f"shape {tuple(pages.shape)} and strides {tuple(pages.stride())}"
             raise ValueError(f"pages must {rule}, got {got}")
-        step, data = pages.stride(0), self.data_bytes
+        data, flat = self.data_bytes, pages.flatten(1)
 
+        # By slices: of a compiled function's views the compiler asks how they were made.
         def part(dtype: torch.dtype, columns: int, first: int, token: int) -> torch.Tensor:
-            place = pages.storage_offset() + first
-            whole = pages.as_strided(
-                (count, page_size, columns * dtype.itemsize), (step, token, 1), place
-            )
-            return whole.view(dtype)
+            begin = first - first % token if first >= token * page_size else 0
+            tokens = flat[:, begin : begin + page_size * token].unflatten(1, (page_size, token))
+            inside = first - begin
+            return tokens[..., inside : inside + columns * dtype.itemsize].view(dtype)
 
         latent_first = 0
         scales_first = page_size * data if self.scales_behind else self.latent

@@ -35,7 +35,8 @@ def group_scales(values: torch.Tensor, groups: int, power_of_two: bool = False) 
     """
     grouped = values.float().unflatten(-1, (groups, -1))
     largest = grouped.abs().masked_fill(~grouped.isfinite(), 0.0).amax(-1)
-    scales = (largest / E4M3_MAX).clamp_min(SMALLEST_SCALE)
+    # By a tensor: on a GPU, PyTorch divides by a number as it multiplies by its reciprocal.
+    scales = (largest / torch.full_like(largest, E4M3_MAX)).clamp_min(SMALLEST_SCALE)
     if power_of_two:
         bits = scales.view(torch.int32)
         scales = ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
@@ -80,19 +81,18 @@ def quantise(
         `like` where those are two for all tokens.
     """
     cache = LatentCache(like) if isinstance(like, torch.Tensor) else like
-    latent, rope = latent.float(), None if rope is None else rope.float()
     ckv, kpe, scales = cache
+    kept = None if kpe is None or rope is None else rope.to(kpe.dtype)
     if scales is None:
-        kept = None if kpe is None or rope is None else rope.to(kpe.dtype)
         whole = latent if kpe is not None else joined(latent, rope)
         return LatentCache(whole.to(ckv.dtype), kept)
+    latent, rope = latent.float(), None if rope is None else rope.float()
     if scales.dim() == 1:
         latents = to_e4m3(latent * scales[0].reciprocal())
         keys = None if rope is None else to_e4m3(rope * scales[1].reciprocal())
         if kpe is not None:
             return LatentCache(latents, keys, scales)
         return LatentCache(joined(latents, keys), None, scales)
-    kept = None if kpe is None or rope is None else rope.to(kpe.dtype)
     whole = latent if kpe is not None else joined(latent, rope)
     is_e8m0 = scales.dtype == torch.uint8
     made = group_scales(whole, scales.shape[-1], power_of_two or is_e8m0)
@@ -102,7 +102,12 @@ def quantise(
 
 
 def joined(latent: torch.Tensor, rope: torch.Tensor | None) -> torch.Tensor:
-    return latent if rope is None else torch.cat([latent, rope], -1)
+    if rope is None:
+        return latent
+    if latent.dtype != E4M3:
+        return torch.cat([latent, rope], -1)
+    # Of e4m3 there is no cat in older versions.
+    return torch.cat([latent.view(torch.uint8), rope.view(torch.uint8)], -1).view(E4M3)
 
 
 def dequantise(
@@ -116,7 +121,7 @@ def dequantise(
     Args:
         cache: `[..., columns]` tensors, with any leading dimensions.
         rope: of a `ckv` without `kpe`, with one scale for all latents and one for all rotary keys:
-            how many of its columns, the last ones, are rotary.
+            how many of its columns, the last ones, are rotary. Of no meaning to others.
     """
     whole = LatentCache(cache) if isinstance(cache, torch.Tensor) else cache
     ckv, kpe, scales = whole
@@ -130,7 +135,8 @@ def dequantise(
         latents = (groups * factors[..., None]).flatten(-2)
         return latents.to(dtype), None if kpe is None else kpe.to(dtype)
     columns = torch.arange(ckv.shape[-1], device=ckv.device)
-    each = factors[(columns >= ckv.shape[-1] - rope).long()]
+    inside = rope if kpe is None else 0
+    each = factors[(columns >= ckv.shape[-1] - inside).long()]
     keys = None if kpe is None else (kpe.float().to(exact) * factors[1]).to(dtype)
     return (numbers * each).to(dtype), keys
 

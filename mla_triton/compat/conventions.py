@@ -36,9 +36,12 @@ def check_rank(argument: str, tensor: torch.Tensor, names: str) -> None:
         fail(ValueError, argument, f"be [{names}]", f"shape {tuple(tensor.shape)}")
 
 
-def check_cache_dtype(argument: str, cache: torch.Tensor, q: torch.Tensor) -> None:
-    if cache.dtype != q.dtype:
-        rule = f"have q's dtype {q.dtype}: quantised caches are not implemented"
+def check_cache_dtype(
+    argument: str, cache: torch.Tensor, like: torch.Tensor, name: str = "q"
+) -> None:
+    """Raises NotImplementedError unless a cache has the dtype of the tensor that is named."""
+    if cache.dtype != like.dtype:
+        rule = f"have {name}'s dtype {like.dtype}: quantised caches are not implemented"
         fail(NotImplementedError, argument, rule, cache.dtype)
 
 

@@ -17,7 +17,7 @@ from mla_triton.compat.conventions import (
 )
 from mla_triton.validate import fail
 
-__all__ = ["decode_attention_fwd", "merge_attn_states"]
+__all__ = ["concat_and_cache_mla", "decode_attention_fwd", "merge_attn_states"]
 
 
 def decode_attention_fwd(
@@ -86,6 +86,34 @@ def decode_attention_fwd(
     )
     if exact is not lse:
         lse.copy_(exact)
+
+
+def concat_and_cache_mla(
+    kv_c: torch.Tensor,
+    k_pe: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_cache_dtype: str,
+    scale: torch.Tensor | None,
+) -> None:
+    """Writes new tokens, latent and rotary key side by side, to the slots of a paged cache.
+
+    Args:
+        kv_c, k_pe: `[tokens, latent]` and `[tokens, rope]`; may have more rows than `slot_mapping`.
+        kv_cache: `[pages, page_size, latent + rope]`, kv_c's dtype.
+        slot_mapping: int32 or int64 `[tokens]`, page * page_size + place; -1 is not written.
+        kv_cache_dtype: "auto".
+        scale: that of FP8 caches; not applied.
+
+    Raises:
+        NotImplementedError: another `kv_cache_dtype`, or a cache of another dtype than the tokens.
+        TypeError, ValueError: as in `mla_triton.append`.
+    """
+    only("kv_cache_dtype", kv_cache_dtype, "auto")
+    check_tensors(kv_c=kv_c, k_pe=k_pe, kv_cache=kv_cache, slot_mapping=slot_mapping)
+    check_cache_dtype("kv_cache", kv_cache, kv_c, "kv_c")
+    tokens = slot_mapping.shape[0]
+    mla_triton.append(kv_cache, kv_c[:tokens], k_pe[:tokens], slot_mapping)
 
 
 def merge_attn_states(

@@ -13,6 +13,14 @@ from mla_triton.testing.budget import (
     merge_budget,
     prefill_budget,
 )
+from mla_triton.testing.caches import (
+    AppendInputs,
+    CacheMemory,
+    append_excess,
+    append_inputs,
+    cache_memory,
+)
+from mla_triton.testing.gathers import GatherInputs, gather_inputs, same_bits
 from mla_triton.testing.inputs import check_inputs, check_prefill_inputs
 from mla_triton.testing.merges import MergeInputs, merge_inputs
 from mla_triton.testing.prefill_problems import PrefillInputs, prefill_inputs
@@ -25,22 +33,30 @@ from mla_triton.testing.problems import (
 
 __all__ = [
     "MODELS",
+    "AppendInputs",
     "Budget",
+    "CacheMemory",
     "DecodeInputs",
+    "GatherInputs",
     "MergeInputs",
     "Model",
     "PrefillInputs",
     "Report",
+    "append_excess",
+    "append_inputs",
     "assert_within_budget",
+    "cache_memory",
     "check_inputs",
     "check_prefill_inputs",
     "compare",
     "decode_budget",
     "decode_inputs",
+    "gather_inputs",
     "merge_budget",
     "merge_inputs",
     "prefill_budget",
     "prefill_inputs",
     "query_blocks",
+    "same_bits",
     "untouched_padding",
 ]

@@ -1,7 +1,8 @@
 """Every kernel variant that the heuristics can choose, compiled for its card without having it.
 
 `cases` are those of decode, in both forms of the Hopper kernel, of its schedule and its combine,
-and of merge; `mla_triton.testing.prefill_compilation` has those of prefill.
+and of merge; `mla_triton.testing.prefill_compilation` has those of prefill, and
+`mla_triton.testing.cache_compilation` those of append, gather and copy_pages.
 
 `compile_all` runs in processes of its own: a process in which Triton interprets cannot compile.
 """
@@ -30,10 +31,12 @@ from mla_triton.problem import (
     RowSteps,
     Storage,
 )
+from mla_triton.problem_cache import AppendProblem, CopyProblem, GatherProblem
 from mla_triton.testing import resources
 from mla_triton.testing.resources import Resources
 
 LABELS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0", "gfx942", "gfx950")
+OfCache = AppendProblem | GatherProblem | CopyProblem
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEADS = (16, 32, 128)
 """One head count for each row tile that the heuristics know."""
@@ -52,8 +55,9 @@ class Case:
 
     label: str
     kernel: str
-    """"portable" or "sm90" of what computes attention; "combine", "schedule" or "merge"."""
-    problem: DecodeProblem | PrefillProblem | MergeProblem
+    """"portable" or "sm90" of what computes attention; "combine", "schedule" or "merge"; of a
+    cache's tokens "append", "gather" or "copy_pages"."""
+    problem: DecodeProblem | PrefillProblem | MergeProblem | OfCache
     config: Any = None
     """None for the heuristic's."""
 
@@ -237,6 +241,8 @@ def _compile(case: Case) -> Compiled:
     from mla_triton.kernels.portable import decode_config
 
     device = devices.from_label(case.label)
+    if isinstance(case.problem, OfCache):
+        return _compile_of_cache(case, device)
     if isinstance(case.problem, MergeProblem):
         return _compile_merge(case, case.problem, device)
     if isinstance(case.problem, PrefillProblem):
@@ -269,6 +275,13 @@ def _compile_merge(case: Case, problem: MergeProblem, device: Device) -> Compile
     config = merge.heuristic(problem, device)
     compiled = merge.compile(problem, config, device)
     return _made(case, device, config.rows, str(config), 0, compiled)
+
+
+def _compile_of_cache(case: Case, device: Device) -> Compiled:
+    kernel = import_module(f"mla_triton.kernels.portable.{case.kernel}")
+    config = kernel.heuristic(case.problem, device)
+    compiled = kernel.compile(case.problem, config, device)
+    return _made(case, device, getattr(config, "rows", 1), str(config), 0, compiled)
 
 
 def _compile_prefill(case: Case, problem: PrefillProblem, device: Device) -> Compiled:

@@ -1,6 +1,8 @@
 """A script for compute-sanitizer: every kernel on small problems, judged on the CPU.
 
-    python sanitized.py WAY    portable, sm90-1, sm90-2, prefill-portable, prefill-sm90 or merge
+    python sanitized.py WAY
+
+WAY is portable, sm90-1, sm90-2, prefill-portable, prefill-sm90, merge or cache.
 
 Memory comes straight from the driver (PYTORCH_NO_CUDA_MEMORY_CACHING=1), so that an access past the
 end of a tensor is one past the end of an allocation.
@@ -14,13 +16,17 @@ from typing import Any
 import torch
 from ways import WAYS, Way, forced, run
 
-from mla_triton import AttentionState, merge, prefill
+from mla_triton import AttentionState, append, copy_pages, merge, prefill
 from mla_triton.testing import (
+    append_excess,
+    append_inputs,
     assert_within_budget,
     decode_inputs,
     merge_inputs,
     prefill_inputs,
 )
+from mla_triton.testing.caches import FORMS
+from mla_triton.testing.gathers import gather_inputs, same_bits
 
 KV_LENS = (300, 0, 65, 1)
 PORTABLE: tuple[dict[str, Any], ...] = (
@@ -74,6 +80,35 @@ def merge_all() -> int:
             state = merge(states, **options, **buffers)
             assert_within_budget(AttentionState(*(tensor.cpu() for tensor in state)), inputs)
     return 2 * len(MERGES)
+
+
+def cache_all() -> int:
+    """Appends to every form of cache, gathers and copies its pages; hostile slots and offsets."""
+    judged = 0
+    for form in FORMS:
+        for norm, rotation, tokens in ((None, None, 20), (torch.float32, "half", 1500)):
+            recipe = {"form": form, "tokens": tokens, "norm": norm, "rotation": rotation}
+            inputs = append_inputs(**recipe, device="cuda")
+            arguments, options = inputs.call_arguments()
+            append(*arguments, **options)
+            assert append_excess(inputs.memory.to("cpu"), append_inputs(**recipe)) <= 0
+            judged += 1
+        for csr in (False, True):
+            found = gather_inputs(form=form, csr=csr, device="cuda")
+            expected = gather_inputs(form=form, csr=csr).expected()
+            assert same_bits([rows.cpu() for rows in found.call()], expected)
+            found.cu_seqlens_k.copy_(torch.tensor([5, -7, 2**31 - 1, 3, 9]))
+            found.call()
+            torch.cuda.synchronize()
+            judged += 1
+    for size in (41984, 1001):
+        pages = torch.randint(256, (5, size), dtype=torch.uint8, device="cuda")
+        expected = pages[[0, 1, 0, 3, 4]]
+        source = torch.tensor([0, -1, 9], device="cuda")
+        copy_pages(pages, pages, source, torch.tensor([2, 1, 0], device="cuda"))
+        assert torch.equal(pages, expected)
+        judged += 1
+    return judged
 
 
 def decode_all(way: Way) -> int:
@@ -132,6 +167,8 @@ def prefill_all(impl: str) -> int:
 def main(name: str) -> int:
     if name == "merge":
         judged = merge_all()
+    elif name == "cache":
+        judged = cache_all()
     elif name.startswith("prefill-"):
         judged = prefill_all(name.removeprefix("prefill-"))
     else:

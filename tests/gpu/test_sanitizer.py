@@ -32,8 +32,10 @@ TIME_LIMIT = 600
         (Way("prefill-portable"), "memcheck"),
         (Way("prefill-sm90"), "memcheck"),
         (Way("merge"), "memcheck"),
+        (Way("cache"), "memcheck"),
         (Way("prefill-portable"), "racecheck"),
         (Way("merge"), "racecheck"),
+        (Way("cache"), "racecheck"),
     ],
     ids=str,
 )

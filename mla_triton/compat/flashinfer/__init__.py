@@ -3,7 +3,11 @@
 from mla_triton.compat.flashinfer import cascade, mla, page, prefill
 from mla_triton.compat.flashinfer.cascade import merge_state, merge_state_in_place, merge_states
 from mla_triton.compat.flashinfer.mla import BatchMLAPagedAttentionWrapper
-from mla_triton.compat.flashinfer.page import get_batch_indices_positions, get_seq_lens
+from mla_triton.compat.flashinfer.page import (
+    append_paged_mla_kv_cache,
+    get_batch_indices_positions,
+    get_seq_lens,
+)
 from mla_triton.compat.flashinfer.prefill import (
     BatchPrefillWithRaggedKVCacheWrapper,
     single_prefill_with_kv_cache,
@@ -12,6 +16,7 @@ from mla_triton.compat.flashinfer.prefill import (
 __all__ = [
     "BatchMLAPagedAttentionWrapper",
     "BatchPrefillWithRaggedKVCacheWrapper",
+    "append_paged_mla_kv_cache",
     "cascade",
     "get_batch_indices_positions",
     "get_seq_lens",

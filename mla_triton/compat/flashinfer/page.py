@@ -1,12 +1,64 @@
-"""`flashinfer.page`: where new tokens go in a paged cache."""
+"""`flashinfer.page`: new tokens into a paged cache, and where they go."""
 
 from __future__ import annotations
 
 import torch
 
-from mla_triton.compat.conventions import check_tensors, int32
+import mla_triton
+from mla_triton import LatentCache
+from mla_triton.compat.conventions import check_cache_dtype, check_rank, check_tensors, int32
 
-__all__ = ["get_batch_indices_positions", "get_seq_lens"]
+__all__ = ["append_paged_mla_kv_cache", "get_batch_indices_positions", "get_seq_lens"]
+
+
+def append_paged_mla_kv_cache(
+    append_ckv: torch.Tensor,
+    append_kpe: torch.Tensor,
+    batch_indices: torch.Tensor,
+    positions: torch.Tensor,
+    ckv_cache: torch.Tensor,
+    kpe_cache: torch.Tensor,
+    kv_indices: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_last_page_len: torch.Tensor | None = None,
+) -> None:
+    """Writes new tokens to the pages of their requests; nothing is read back from the device.
+
+    Args:
+        append_ckv, append_kpe: `[tokens, head_dim_ckv]` and `[tokens, head_dim_kpe]`.
+        batch_indices, positions: `[tokens]`, of `get_batch_indices_positions`. A token of request
+            -1 is not written.
+        ckv_cache, kpe_cache: `[pages, page_size, head_dim_ckv]` and `[pages, page_size,
+            head_dim_kpe]`; the latter, and `append_kpe`, may have no columns.
+        kv_indices, kv_indptr: the pages of all requests, those of the new tokens included.
+        kv_last_page_len: not needed.
+
+    Raises:
+        NotImplementedError: a cache of another dtype than the tokens: quantised caches are not
+            implemented here.
+        TypeError, ValueError: as in `mla_triton.append`.
+    """
+    check_tensors(
+        append_ckv=append_ckv, append_kpe=append_kpe, batch_indices=batch_indices,
+        positions=positions, ckv_cache=ckv_cache, kpe_cache=kpe_cache, kv_indices=kv_indices,
+        kv_indptr=kv_indptr,
+    )  # fmt: skip
+    check_rank("ckv_cache", ckv_cache, "pages, page_size, head_dim_ckv")
+    check_cache_dtype("ckv_cache", ckv_cache, append_ckv, "append_ckv")
+    if not append_ckv.shape[0]:
+        return
+    page_size, position = ckv_cache.shape[1], positions.long()
+    begin = kv_indptr.to(positions.device).index_select(0, batch_indices.clamp_min(0))
+    entry = (begin + position // page_size).clamp(0, kv_indices.shape[0] - 1)
+    page = kv_indices.to(positions.device)[entry].long()
+    slots = page * page_size + position % page_size
+    has_rope = kpe_cache.shape[-1] > 0
+    mla_triton.append(
+        LatentCache(ckv_cache, kpe_cache if has_rope else None),
+        append_ckv,
+        append_kpe if has_rope else None,
+        torch.where(batch_indices < 0, -1, slots),
+    )
 
 
 def get_batch_indices_positions(

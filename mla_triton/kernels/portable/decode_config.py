@@ -381,6 +381,7 @@ def search_space(problem: DecodeProblem, device: Device) -> Iterator[Config]:
         (64, 4, (2, 3, 4)),
         (64, 8, (2, 3, 4)),
     )
+    space: tuple[tuple[int, int, tuple[int, ...]], ...]
     if problem.storage is None:
         space = ((16, 4, (3, 4)), *common, (128, 4, (2,)), (128, 8, (2,)))
     else:

@@ -20,9 +20,8 @@ from typing import Any
 import torch
 
 from mla_triton.device import Device
-from mla_triton.kernels.common.launch import TYPE_NAMES, Launch, Variant, View
-from mla_triton.kernels.common.tensors import DecodeTensors, strides
-from mla_triton.kernels.common.tiles import LOG2_E
+from mla_triton.kernels.common.launch import TYPE_NAMES, Launch, Variant
+from mla_triton.kernels.common.tensors import DecodeTensors
 from mla_triton.kernels.sm90 import asymmetric, gather, pairs, quantised
 from mla_triton.kernels.sm90.decode_config import (
     BLOCK,
@@ -41,6 +40,7 @@ from mla_triton.kernels.sm90.decode_config import (
 )
 from mla_triton.kernels.sm90.gluon import GluonASTSource, gl, gluon
 from mla_triton.kernels.sm90.pieces import KEYS, ROWS, Call, barriers
+from mla_triton.kernels.sm90.views import maps, row_strides, sizes
 from mla_triton.plan import Geometry
 from mla_triton.problem import DecodeProblem
 
@@ -265,16 +265,6 @@ def map_type(dtype: torch.dtype, rows: int, columns: int) -> str:
     return f"tensordesc<{TYPE_NAMES[dtype]}[{rows}, {columns}],{TILE!r}>"
 
 
-def maps(problem: DecodeProblem, tensors: DecodeTensors) -> list[View]:
-    """Latents and rotary keys, each as one row of slots, whatever page they are in."""
-    last_page = tensors.ckv.shape[0] - 1
-    rows = last_page * problem.page_slots + problem.page_size
-    latents = View(tensors.ckv, (rows, problem.value_dim), (problem.ckv_stride_slot, 1))
-    if tensors.kpe is None:
-        return [latents, View(tensors.ckv, (rows, problem.key_dim), latents.strides)]
-    return [latents, View(tensors.kpe, (rows, problem.rope), (problem.kpe_stride_slot, 1))]
-
-
 def arguments(problem: DecodeProblem, geometry: Geometry, tensors: DecodeTensors) -> list[Any]:
     """The run-time arguments, in the order of `ARGUMENTS`."""
     t = tensors
@@ -293,10 +283,7 @@ def arguments(problem: DecodeProblem, geometry: Geometry, tensors: DecodeTensors
         t.ckv,
         t.kpe,
         *maps(problem, t),
-        *strides(t.q_nope, problem.ragged),
-        *strides(t.q_rope, problem.ragged),
-        *strides(t.out, problem.ragged),
-        *strides(t.lse, problem.ragged),
+        *row_strides(problem, t),
         t.ckv.stride(0),
         problem.ckv_stride_slot,
         0 if t.kpe is None else t.kpe.stride(0),
@@ -304,15 +291,7 @@ def arguments(problem: DecodeProblem, geometry: Geometry, tensors: DecodeTensors
         t.pages.shape[0] if problem.csr else t.pages.stride(0),
         problem.page_slots,
         problem.value_dim if problem.fused else 0,
-        problem.batch,
-        problem.s_q or 0,
-        problem.queries,
-        problem.heads,
-        min(problem.max_kv_len, t.planned_kv_len),
-        t.planned_kv_len,
-        problem.num_pages,
-        geometry.parts,
-        t.softmax_scale * LOG2_E,
+        *sizes(problem, geometry, t),
     ]
 
 

@@ -106,7 +106,7 @@ def is_valid(
     if config.blocks not in (1, 2):
         return False, f"blocks must be 1 or 2, got {config.blocks}"
     if config.blocks == 2 and problem.storage is not None:
-        return False, "of e4m3 keys, warpgroups have one block each, blocks = 1"
+        return False, "of e4m3 keys both warpgroups have one block in hand, blocks = 1"
     if config.blocks == 2 and (gathers(problem) or problem.page_size < BLOCK // 2):
         size = f"pages of {problem.page_size}"
         return False, f"two blocks come by TMA, from at most four pages, got {size}"
@@ -124,7 +124,7 @@ def choose(problem: DecodeProblem, device: Device, rows: int | None = None) -> t
     if not valid:
         raise ValueError(f"problem must be one that {NAME} takes, got {problem}: {rule}")
     if problem.storage is not None:
-        return one, "e4m3 keys: each warpgroup has a block to itself"
+        return one, "e4m3 keys: both warpgroups take a block of 128 keys together"
     return one, "few rows: memory is waited for, and one block at a time has the shorter ends"
 
 

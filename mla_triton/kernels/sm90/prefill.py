@@ -6,7 +6,7 @@ Work: a program has a whole SM and one tile: 128 query tokens of one sequence an
 last tiles of a sequence see the most keys under a causal mask, and go first: what is left at the
 end is short. A program has three partitions: two warpgroups with 64 queries each, and a warp that
 loads queries, keys and values by TMA. Keys are taken from the last that a tile sees to the first,
-so that only the first blocks need masks.
+so that only the first blocks need masks, and have loops of their own.
 
 A warpgroup gives the matrix units two products at once, queries x the next keys and weights x these
 values, and has the softmax of the former while the latter, or what the other warpgroup gave them,
@@ -27,7 +27,7 @@ from mla_triton.device import Device
 from mla_triton.kernels.common.launch import TYPE_NAMES, Launch, Variant, View
 from mla_triton.kernels.common.tensors import PrefillTensors
 from mla_triton.kernels.common.tiles import LOG2_E
-from mla_triton.kernels.sm90 import prefill_steps
+from mla_triton.kernels.sm90 import prefill_steps, prefill_work
 from mla_triton.kernels.sm90.gluon import GluonASTSource, gl, gluon
 from mla_triton.kernels.sm90.pieces import barriers
 from mla_triton.kernels.sm90.prefill_config import (
@@ -94,7 +94,7 @@ ARGUMENTS = (
 )
 ALIGNED = frozenset({"out", "out_stride_t", "out_stride_h"})
 
-_Shared, _Work = prefill_steps.Shared, prefill_steps.Work
+_Shared, _Work = prefill_work.Shared, prefill_work.Work
 _attend, _load_tile = prefill_steps.attend, prefill_steps.load_tile
 ROWS = gl.constexpr(WARPGROUP_ROWS)
 COLUMNS = gl.constexpr(CHUNK)
@@ -119,21 +119,22 @@ def prefill_kernel(
         gl.allocate_shared_memory(dtype, [2 * CHUNKS, ROWS, 1, COLUMNS], LAYOUT),
         gl.allocate_shared_memory(dtype, [SLOTS * CHUNKS, BLOCK_N, 1, COLUMNS], LAYOUT),
         gl.allocate_shared_memory(dtype, [SLOTS, BLOCK_N, 1, VALUE], LAYOUT),
-        barriers(1, 1), barriers(SLOTS, 1), barriers(SLOTS, 2), barriers(1, 2),
+        barriers(CHUNKS, 1), barriers(SLOTS, 1), barriers(SLOTS, 2), barriers(1, 2), barriers(1, 1),
+        CHUNKS, SLOTS,
     )  # fmt: skip
     gl.warp_specialize(
         [
             (_attend, (
                 work, shared, out, lse, scale_log2, out_stride_t, out_stride_h, lse_stride_t,
-                lse_stride_h, 0, CHUNKS, VALUE, SLOTS, NEGATIVE_SCALE,
+                lse_stride_h, 0, VALUE, NEGATIVE_SCALE,
             )),
             (_attend, (
                 work, shared, out, lse, scale_log2, out_stride_t, out_stride_h, lse_stride_t,
-                lse_stride_h, 1, CHUNKS, VALUE, SLOTS, NEGATIVE_SCALE,
+                lse_stride_h, 1, VALUE, NEGATIVE_SCALE,
             )),
             (_load_tile, (
-                work, shared, q_map, q_rope_map, k_map, k_rope_map, v_map, group,
-                CHUNKS, Q_NOPE, K_NOPE, VALUE, SLOTS,
+                work, shared, q_map, q_rope_map, k_map, k_rope_map, v_map, group, Q_NOPE, K_NOPE,
+                VALUE,
             )),
         ],
         [4, 1],

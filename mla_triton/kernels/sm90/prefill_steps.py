@@ -2,16 +2,18 @@
 
 | barrier | who arrives | who waits | meaning |
 | --- | --- | --- | --- |
-| query_full | TMA | both warpgroups | the queries are there |
+| first_full | TMA | both warpgroups | a chunk of the queries and of the first keys is there |
 | full | TMA | both | a block's keys, and the values of the block before, are in their slots |
 | free | both | loader | they were used up |
 | cleared | both | both | what lay past a sequence's end is gone from its last values |
+| passed | nobody | both | nothing: who waits for the phase before its first goes on at once |
+
+There is a `first_full` for each chunk of 64 columns, and what it brings is not `full`'s.
 """
 
-# No `from __future__ import annotations`: an aggregate reads the types of its fields.
+from __future__ import annotations
 
 from mla_triton.kernels.sm90.gluon import (
-    aggregate,
     copy_tile,
     fence_async_shared,
     gl,
@@ -20,157 +22,35 @@ from mla_triton.kernels.sm90.gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from mla_triton.kernels.sm90.prefill_config import CHUNK as CHUNK_COLUMNS
-from mla_triton.kernels.sm90.prefill_config import WARPGROUP_ROWS
+from mla_triton.kernels.sm90.prefill_work import CHUNK, ROWS, TILE
 
-ROWS = gl.constexpr(WARPGROUP_ROWS)
-"""Queries of a warpgroup."""
-TILE = gl.constexpr(2 * WARPGROUP_ROWS)
-"""Queries of a program's tile."""
-CHUNK = gl.constexpr(CHUNK_COLUMNS)
 CLEARED = gl.constexpr(32)
 """Rows of values that are cleared at once."""
 LOWEST = gl.constexpr(-3.4028234663852886e38)
 LN_2 = gl.constexpr(0.6931471805599453)
 
 
-@aggregate
-class Shared:
-    """Shared memory and its barriers."""
-
-    query: gl.shared_memory_descriptor
-    key: gl.shared_memory_descriptor
-    value: gl.shared_memory_descriptor
-    query_full: gl.shared_memory_descriptor
-    full: gl.shared_memory_descriptor
-    free: gl.shared_memory_descriptor
-    cleared: gl.shared_memory_descriptor
-
-    @gluon.constexpr_function
-    def __init__(self, query, key, value, query_full, full, free, cleared):
-        self.query = query
-        self.key = key
-        self.value = value
-        self.query_full = query_full
-        self.full = full
-        self.free = free
-        self.cleared = cleared
-
-
 @gluon.jit
-def bounds(cu_seqlens, sequence, tokens):
-    """(first token of a sequence, how many it has), inside the tensor whatever the offsets are."""
-    first = gl.minimum(gl.maximum(gl.load(cu_seqlens + sequence), 0), tokens)
-    end = gl.minimum(gl.maximum(gl.load(cu_seqlens + sequence + 1), first), tokens)
-    return first, end - first
-
-
-@aggregate
-class Work:
-    """What every partition finds its tile by."""
-
-    cu_seqlens_q: gl.tensor
-    cu_seqlens_k: gl.tensor
-    batch: gl.tensor
-    queries: gl.tensor
-    keys: gl.tensor
-    heads: gl.tensor
-    slots: gl.tensor
-    slots_each: gl.tensor
-    abreast: gl.tensor
-    CAUSAL: gl.constexpr
-    BLOCK_N: gl.constexpr
-
-    @gluon.constexpr_function
-    def __init__(
-        self, cu_seqlens_q, cu_seqlens_k, batch, queries, keys, heads, slots, slots_each, abreast,
-        CAUSAL, BLOCK_N,
-    ):  # fmt: skip
-        self.cu_seqlens_q = cu_seqlens_q
-        self.cu_seqlens_k = cu_seqlens_k
-        self.batch = batch
-        self.queries = queries
-        self.keys = keys
-        self.heads = heads
-        self.slots = slots
-        self.slots_each = slots_each
-        self.abreast = abreast
-        self.CAUSAL = gl.constexpr(CAUSAL)
-        self.BLOCK_N = gl.constexpr(BLOCK_N)
-
-    @gluon.jit
-    def first_slot(self, sequence):
-        """Slot of a sequence's first tile: each has as many, or room for all that it has."""
-        first = gl.minimum(gl.maximum(gl.load(self.cu_seqlens_q + sequence), 0), self.queries)
-        following = (first + sequence * (TILE - 1)) // TILE
-        return gl.where(self.slots_each > 0, sequence * self.slots_each, following)
-
-    @gluon.jit
-    def sequence_of(self, slot):
-        """The last sequence whose tiles begin at a slot or before it."""
-        low = slot * 0
-        high = self.batch
-        while high - low > 1:
-            middle = (low + high) // 2
-            is_before = self.first_slot(middle) <= slot
-            low = gl.where(is_before, middle, low)
-            high = gl.where(is_before, high, middle)
-        return low
-
-    @gluon.jit
-    def tile(self):
-        """Of the program's tile: (head, first query token, queries from it on, first key token,
-        keys, keys that its first query sees, keys that any of them sees).
-
-        `abreast` heads take turns, tile after tile from the last one on; then the next heads. No
-        queries: there is no such tile.
-        """
-        program = gl.program_id(0)
-        first_head = program // (self.abreast * self.slots) * self.abreast
-        abreast_here = gl.minimum(self.abreast, self.heads - first_head)
-        place = program - first_head * self.slots
-        head = first_head + place % abreast_here
-        slot = self.slots - 1 - place // abreast_here
-        sequence = self.sequence_of(slot)
-        first_query, query_count = bounds(self.cu_seqlens_q, sequence, self.queries)
-        first_key, key_count = bounds(self.cu_seqlens_k, sequence, self.keys)
-        first_row = (slot - self.first_slot(sequence)) * TILE
-        rows = gl.where(first_row < 0, 0, query_count - first_row)
-        row_end = key_count - query_count + 1 + first_row
-        end_key = key_count
-        if self.CAUSAL:
-            last_row = gl.minimum(TILE, rows) - 1
-            end_key = gl.minimum(gl.maximum(row_end + last_row, 0), key_count)
-        return head, first_query + first_row, rows, first_key, key_count, row_end, end_key
-
-    @gluon.jit
-    def blocks(self, end_key):
-        """Key blocks of a tile. One that sees no key has one, too, all of it hidden."""
-        return gl.maximum(gl.cdiv(end_key, self.BLOCK_N), 1)
-
-
-@gluon.jit
-def load_columns(
+def load_chunk(
     nope_map, rope_map, row, head, rope_head, full, target, first,
-    NOPE: gl.constexpr, CHUNKS: gl.constexpr,
+    NOPE: gl.constexpr, chunk: gl.constexpr,
 ):  # fmt: skip
-    """Starts copying all columns of a box of rows, chunk after chunk from target[first] on."""
-    for chunk in gl.static_range(CHUNKS):
-        into = target.index(first + chunk)
-        if chunk * CHUNK < NOPE:
-            copy_tile(nope_map, [row, head, chunk * CHUNK], full, into)
-        else:
-            copy_tile(rope_map, [row, rope_head, chunk * CHUNK - NOPE], full, into)
+    """Starts copying a chunk of the columns of a box of rows, to its place behind target[first]."""
+    into = target.index(first + chunk)
+    if chunk * CHUNK < NOPE:
+        copy_tile(nope_map, [row, head, chunk * CHUNK], full, into)
+    else:
+        copy_tile(rope_map, [row, rope_head, chunk * CHUNK - NOPE], full, into)
 
 
 @gluon.jit
 def load_tile(
     work, shared, q_map, q_rope_map, k_map, k_rope_map, v_map, group,
-    CHUNKS: gl.constexpr, Q_NOPE: gl.constexpr, K_NOPE: gl.constexpr, VALUE: gl.constexpr,
-    SLOTS: gl.constexpr,
+    Q_NOPE: gl.constexpr, K_NOPE: gl.constexpr, VALUE: gl.constexpr,
 ):  # fmt: skip
     """The loader: the queries, and what they see, last keys first."""
     BLOCK_N: gl.constexpr = work.BLOCK_N
+    CHUNKS: gl.constexpr = shared.CHUNKS
     KEY_BYTES: gl.constexpr = BLOCK_N * CHUNKS * CHUNK * 2
     VALUE_BYTES: gl.constexpr = BLOCK_N * VALUE * 2
     head, token, rows, first_key, _, _, end_key = work.tile()
@@ -179,29 +59,35 @@ def load_tile(
         kv_head = head // group
         rope_head = kv_head if K_NOPE == CHUNKS * CHUNK else 0
         key_row = first_key + (blocks - 1) * BLOCK_N
-        for step in range(blocks + 1):
+        # So the first product begins as soon as a chunk of both is there.
+        for chunk in gl.static_range(CHUNKS):
+            ready = shared.first_full.index(chunk)
+            mbarrier.expect(ready, (TILE + BLOCK_N) * CHUNK * 2)
+            for half in gl.static_range(2):
+                load_chunk(
+                    q_map, q_rope_map, token + half * ROWS, head, head, ready, shared.query,
+                    half * CHUNKS, Q_NOPE, chunk,
+                )  # fmt: skip
+            load_chunk(
+                k_map, k_rope_map, key_row, kv_head, rope_head, ready, shared.key, 0, K_NOPE, chunk
+            )
+        # Nobody waits for it; but it has to be as many phases on as the slot was filled.
+        mbarrier.arrive(shared.full.index(0), count=1)
+        for step in range(1, blocks + 1):
             # Keys are a block ahead of values, as they are used.
-            turn = step // SLOTS
-            slot = step - turn * SLOTS
+            turn = step // shared.SLOTS
+            slot = step - turn * shared.SLOTS
             full = shared.full.index(slot)
             mbarrier.wait(shared.free.index(slot), (turn & 1) ^ 1)
-            mbarrier.expect(full, KEY_BYTES, pred=step == 0)
-            mbarrier.expect(full, KEY_BYTES + VALUE_BYTES, pred=(step > 0) & (step < blocks))
+            mbarrier.expect(full, KEY_BYTES + VALUE_BYTES, pred=step < blocks)
             mbarrier.expect(full, VALUE_BYTES, pred=step == blocks)
-            if step == 0:
-                mbarrier.expect(shared.query_full.index(0), TILE * CHUNKS * CHUNK * 2)
-                for half in gl.static_range(2):
-                    load_columns(
-                        q_map, q_rope_map, token + half * ROWS, head, head,
-                        shared.query_full.index(0), shared.query, half * CHUNKS, Q_NOPE, CHUNKS,
-                    )  # fmt: skip
             if step < blocks:
-                load_columns(
-                    k_map, k_rope_map, key_row, kv_head, rope_head, full, shared.key,
-                    slot * CHUNKS, K_NOPE, CHUNKS,
-                )  # fmt: skip
-            if step > 0:
-                copy_tile(v_map, [key_row + BLOCK_N, kv_head, 0], full, shared.value.index(slot))
+                for chunk in gl.static_range(CHUNKS):
+                    load_chunk(
+                        k_map, k_rope_map, key_row - BLOCK_N, kv_head, rope_head, full, shared.key,
+                        slot * CHUNKS, K_NOPE, chunk,
+                    )  # fmt: skip
+            copy_tile(v_map, [key_row, kv_head, 0], full, shared.value.index(slot))
             key_row -= BLOCK_N
 
 
@@ -212,36 +98,58 @@ def flat(tile):
 
 
 @gluon.jit
-def multiply_keys(scores, shared, first_query, first_key, CHUNKS: gl.constexpr):
-    """Starts queries x keys of a block."""
-    for chunk in gl.static_range(CHUNKS):
-        query = flat(shared.query.index(first_query + chunk))
-        key = flat(shared.key.index(first_key + chunk)).permute((1, 0))
-        scores = warpgroup_mma(query, key, scores, use_acc=chunk > 0, is_async=True)
-    return scores
+def wait_loaded(shared, step):
+    """Waits for a step's keys, and for the values of the block before."""
+    mbarrier.wait(shared.full.index(step % shared.SLOTS), (step // shared.SLOTS) & 1)
+
+
+@gluon.jit
+def multiply_chunk(scores, shared, first_query, first_key, chunk: gl.constexpr, KEYS: gl.constexpr):
+    """Starts queries x the first keys of a block, over one chunk of their columns."""
+    query = flat(shared.query.index(first_query + chunk))
+    key = flat(shared.key.index(first_key + chunk)).slice(0, KEYS, dim=0)
+    return warpgroup_mma(query, key.permute((1, 0)), scores, use_acc=chunk > 0, is_async=True)
+
+
+@gluon.jit
+def hidden(scores, scale_log2, block, row_ends, NEGATIVE_SCALE: gl.constexpr):
+    """(scaled scores but for their sign, infinite where a row does not see a key; that sign)."""
+    LAYOUT: gl.constexpr = scores.type.layout
+    SIGN: gl.constexpr = -1.0 if NEGATIVE_SCALE else 1.0
+    key = block + gl.arange(0, scores.shape[1], gl.SliceLayout(0, LAYOUT))
+    is_hidden = gl.expand_dims(key, 0) >= gl.expand_dims(row_ends, 1)
+    scores = gl.where(is_hidden, SIGN * float("-inf"), scores * scale_log2)
+    return scores, scale_log2 * 0.0 + SIGN
 
 
 @gluon.jit
 def hidden_and_scaled(
     scores, scale_log2, block, seen_end, row_ends,
-    BLOCK_N: gl.constexpr, NEGATIVE_SCALE: gl.constexpr, LAYOUT: gl.constexpr,
+    NEGATIVE_SCALE: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
-    """(scores with -inf where a row does not see a key, factor that they still need)."""
-    if NEGATIVE_SCALE:
-        scores = -scores
+    """(scores, factor that they still need, and that makes them -inf where a key is hidden).
+
+    `MASK` says whether a key may be hidden from a row: "yes", "no", or "look" to find out.
+    """
     factor = scale_log2
-    if block + BLOCK_N > seen_end:
-        key = block + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
-        hidden = gl.expand_dims(key, 0) >= gl.expand_dims(row_ends, 1)
-        scores = gl.where(hidden, float("-inf"), scores * scale_log2)
-        factor = scale_log2 * 0.0 + 1.0
+    if NEGATIVE_SCALE:
+        factor = -scale_log2
+    if MASK == "look":
+        if block + scores.shape[1] > seen_end:
+            scores, factor = hidden(scores, scale_log2, block, row_ends, NEGATIVE_SCALE)
+    elif MASK == "yes":
+        scores, factor = hidden(scores, scale_log2, block, row_ends, NEGATIVE_SCALE)
     return scores, factor
 
 
 @gluon.jit
-def softmax(scores, factor, running_max, running_sum):
-    """One step of the online softmax: (maximum, sum, factor of what came before, weights)."""
-    new_max = gl.maximum(running_max, gl.max(scores, 1) * factor)
+def softmax(scores, factor, running_max, running_sum, NEGATIVE_SCALE: gl.constexpr):
+    """One step of the online softmax: (maximum, sum, factor of what came before, weights).
+
+    The largest product with a negative factor is that of the smallest score.
+    """
+    extreme = gl.min(scores, 1) if NEGATIVE_SCALE else gl.max(scores, 1)
+    new_max = gl.maximum(running_max, extreme * factor)
     rescale = gl.exp2(running_max - new_max)
     weights = gl.exp2(scores * factor - gl.expand_dims(new_max, 1))
     running_sum = running_sum * rescale + gl.sum(weights, 1)
@@ -249,10 +157,11 @@ def softmax(scores, factor, running_max, running_sum):
 
 
 @gluon.jit
-def clear_past(values, valid, FIRST: gl.constexpr, END: gl.constexpr, BLOCK_N: gl.constexpr):
+def clear_past(values, valid, FIRST: gl.constexpr, END: gl.constexpr):
     """Zeroes columns of the rows of values from `valid` on: what lies there may be NaN, and 0 x NaN
     is."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    BLOCK_N: gl.constexpr = values.shape[0]
     rows = gl.arange(0, CLEARED, gl.SliceLayout(1, LAYOUT))
     for row in gl.static_range(0, BLOCK_N, CLEARED):
         if row + CLEARED > valid:
@@ -262,6 +171,92 @@ def clear_past(values, valid, FIRST: gl.constexpr, END: gl.constexpr, BLOCK_N: g
                 inside = gl.expand_dims(row + rows, 1) < valid
                 part.store(gl.where(inside, tile, gl.zeros_like(tile)))
     fence_async_shared()
+
+
+@gluon.jit
+def wait_first_values(shared, block, value_end, WHICH: gl.constexpr, VALUE: gl.constexpr):
+    """Waits for a tile's first values, and until what lay past the end is gone from them."""
+    wait_loaded(shared, 1)
+    values = flat(shared.value.index(1))
+    if block + values.shape[0] > value_end:
+        # A half of the columns each.
+        HALF: gl.constexpr = VALUE // 2
+        clear_past(values, value_end - block, WHICH * HALF, (WHICH + 1) * HALF)
+        mbarrier.arrive(shared.cleared.index(0), count=1)
+        mbarrier.wait(shared.cleared.index(0), 0)
+
+
+@gluon.jit
+def first_block(
+    shared, scale_log2, block, seen_end, row_ends,
+    WHICH: gl.constexpr, KEYS: gl.constexpr, NEGATIVE_SCALE: gl.constexpr, MASK: gl.constexpr,
+):  # fmt: skip
+    """Scores and softmax of the first keys of the tile's first block: (scores, maximum, sum,
+    weights)."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    BY_ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
+    scores = gl.zeros([ROWS, KEYS], gl.float32, SCORES)
+    for chunk in gl.static_range(shared.CHUNKS):
+        mbarrier.wait(shared.first_full.index(chunk), 0)
+        scores = multiply_chunk(scores, shared, WHICH * shared.CHUNKS, 0, chunk, KEYS)
+    scores = warpgroup_mma_wait(0, deps=(scores,))
+    mbarrier.arrive(shared.free.index(0), count=1)
+    scores, factor = hidden_and_scaled(
+        scores, scale_log2, block, seen_end, gl.convert_layout(row_ends, BY_ROW), NEGATIVE_SCALE,
+        MASK,
+    )  # fmt: skip
+    running_max = gl.full([ROWS], LOWEST, gl.float32, BY_ROW)
+    running_sum = gl.zeros([ROWS], gl.float32, BY_ROW)
+    running_max, running_sum, _, weights = softmax(
+        scores, factor, running_max, running_sum, NEGATIVE_SCALE
+    )
+    return scores, running_max, running_sum, weights
+
+
+@gluon.jit
+def as_operand(weights, accumulator, shared):
+    """Weights as the second product takes them, if they are not that already."""
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, accumulator.type.layout, 2)
+    if weights.dtype == gl.float32:
+        weights = gl.convert_layout(weights.to(shared.value.dtype), OPERAND)
+    return weights
+
+
+@gluon.jit
+def take_step(
+    shared, scores, weights, accumulator, running_max, running_sum, scale_log2, block, seen_end,
+    row_ends, step, WHICH: gl.constexpr, NEGATIVE_SCALE: gl.constexpr, MASK: gl.constexpr,
+):  # fmt: skip
+    """A block's scores and softmax, while the values of the block before are multiplied: of these
+    as many as there are weights."""
+    CHUNKS: gl.constexpr = shared.CHUNKS
+    BLOCK_N: gl.constexpr = scores.shape[1]
+    operand = as_operand(weights, accumulator, shared)
+    slot = step % shared.SLOTS
+    # Zero, but not to the compiler: descriptors of constant places would all be kept.
+    zero = block >> 31
+    wait_loaded(shared, step)
+    for chunk in gl.static_range(CHUNKS):
+        scores = multiply_chunk(
+            scores, shared, zero + WHICH * CHUNKS, slot * CHUNKS, chunk, BLOCK_N
+        )
+    values = flat(shared.value.index(slot)).slice(0, weights.shape[1], dim=0)
+    accumulator = warpgroup_mma(operand, values, accumulator, is_async=True)
+    scores = warpgroup_mma_wait(1, deps=(scores,))
+    scores, factor = hidden_and_scaled(
+        scores, scale_log2, block, seen_end, row_ends, NEGATIVE_SCALE, MASK
+    )
+    running_max, running_sum, rescale, weights = softmax(
+        scores, factor, running_max, running_sum, NEGATIVE_SCALE
+    )
+    # Nothing to wait for. But ptxas moves nothing across a wait, and would have moved all of the
+    # softmax behind the next one.
+    mbarrier.wait(shared.passed.index(0), 1)
+    accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
+    mbarrier.arrive(shared.free.index(slot), count=1)
+    OUT_BY_ROW: gl.constexpr = gl.SliceLayout(1, accumulator.type.layout)
+    accumulator = accumulator * gl.expand_dims(gl.convert_layout(rescale, OUT_BY_ROW), 1)
+    return scores, accumulator, running_max, running_sum, weights
 
 
 @gluon.constexpr_function
@@ -280,20 +275,32 @@ def line_layout(columns):
 
 
 @gluon.jit
+def store_result(result, out, token, head, rows, out_stride_t, out_stride_h, WHICH: gl.constexpr):
+    """Rows of a result from registers to memory, those that the sequence has."""
+    VALUE: gl.constexpr = result.shape[1]
+    LINES: gl.constexpr = line_layout(VALUE)
+    line = WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LINES))
+    columns = gl.arange(0, VALUE, gl.SliceLayout(0, LINES))
+    out_rows = out + (token.to(gl.int64) * out_stride_t + head.to(gl.int64) * out_stride_h)
+    places = out_rows + gl.expand_dims(line.to(gl.int64) * out_stride_t, 1)
+    gl.store(
+        places + gl.expand_dims(columns, 0),
+        gl.convert_layout(result, LINES),
+        mask=gl.expand_dims(line < rows, 1),
+    )
+
+
+@gluon.jit
 def attend(
     work, shared, out, lse, scale_log2, out_stride_t, out_stride_h, lse_stride_t, lse_stride_h,
-    WHICH: gl.constexpr, CHUNKS: gl.constexpr, VALUE: gl.constexpr, SLOTS: gl.constexpr,
-    NEGATIVE_SCALE: gl.constexpr,
+    WHICH: gl.constexpr, VALUE: gl.constexpr, NEGATIVE_SCALE: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: 64 queries of the tile."""
     BLOCK_N: gl.constexpr = work.BLOCK_N
+    HALF_N: gl.constexpr = BLOCK_N // 2
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, VALUE, 16])
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, VALUES, 2)
     BY_ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
-    OUT_BY_ROW: gl.constexpr = gl.SliceLayout(1, VALUES)
-    LINES: gl.constexpr = line_layout(VALUE)
-    dtype: gl.constexpr = out.dtype.element_ty
     tile_rows = WHICH * ROWS + gl.arange(0, ROWS, BY_ROW)
     head, token, rows, _, key_count, row_end, end_key = work.tile()
     if rows > 0:
@@ -304,79 +311,72 @@ def attend(
             row_ends = gl.minimum(row_end + tile_rows, row_ends)
             seen_end = gl.minimum(row_end + WHICH * ROWS, key_count)
         block = (blocks - 1) * BLOCK_N
-
-        mbarrier.wait(shared.query_full.index(0), 0)
-        mbarrier.wait(shared.full.index(0), 0)
-        scores = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
-        scores = multiply_keys(scores, shared, WHICH * CHUNKS, 0, CHUNKS)
-        scores = warpgroup_mma_wait(0, deps=(scores,))
-        mbarrier.arrive(shared.free.index(0), count=1)
-        scores, factor = hidden_and_scaled(
-            scores, scale_log2, block, seen_end, row_ends, BLOCK_N, NEGATIVE_SCALE, SCORES
-        )
-        running_max = gl.full([ROWS], LOWEST, gl.float32, BY_ROW)
-        running_sum = gl.zeros([ROWS], gl.float32, BY_ROW)
-        running_max, running_sum, rescale, weights = softmax(
-            scores, factor, running_max, running_sum
-        )
-        operand = gl.convert_layout(weights.to(dtype), OPERAND)
-        accumulator = gl.zeros([ROWS, VALUE], gl.float32, VALUES)
-        mbarrier.wait(shared.full.index(1), 0)
         value_end = gl.where(end_key > 0, key_count, 0)
-        if block + BLOCK_N > value_end:
-            # A half of the columns each.
-            values = flat(shared.value.index(1))
-            HALF: gl.constexpr = VALUE // 2
-            clear_past(values, value_end - block, WHICH * HALF, (WHICH + 1) * HALF, BLOCK_N)
-            mbarrier.arrive(shared.cleared.index(0), count=1)
-            mbarrier.wait(shared.cleared.index(0), 0)
-
+        accumulator = gl.zeros([ROWS, VALUE], gl.float32, VALUES)
         step = block * 0 + 1
-        slot = step
-        for _ in range(1, blocks):
+        # On the diagonal half of a block may be hidden from all of the first warpgroup's queries,
+        # from the last one as well, which sees the most: then it is not multiplied.
+        is_narrow = (blocks > 1) & (row_end + (ROWS - 1) <= block + HALF_N)
+        if work.CAUSAL and WHICH == 0 and is_narrow:
+            _half_scores, half_max, half_sum, half_weights = first_block(
+                shared, scale_log2, block, seen_end, row_ends, WHICH, HALF_N, NEGATIVE_SCALE, "yes"
+            )
+            running_max = gl.convert_layout(half_max, BY_ROW)
+            running_sum = gl.convert_layout(half_sum, BY_ROW)
+            wait_first_values(shared, block, value_end, WHICH, VALUE)
+            # These weights are half as many as a loop hands on: their values have a step outside.
             block -= BLOCK_N
-            # Zero, but not to the compiler: descriptors of constant places would all be kept.
-            zero = block >> 31
-            scores = multiply_keys(scores, shared, zero + WHICH * CHUNKS, slot * CHUNKS, CHUNKS)
-            accumulator = warpgroup_mma(
-                operand, flat(shared.value.index(slot)), accumulator, is_async=True
-            )
-            scores = warpgroup_mma_wait(1, deps=(scores,))
-            scores, factor = hidden_and_scaled(
-                scores, scale_log2, block, seen_end, row_ends, BLOCK_N, NEGATIVE_SCALE, SCORES
-            )
-            running_max, running_sum, rescale, weights = softmax(
-                scores, factor, running_max, running_sum
-            )
-            used = slot
+            scores = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
+            scores, accumulator, running_max, running_sum, weights = take_step(
+                shared, scores, half_weights, accumulator, running_max, running_sum, scale_log2,
+                block, seen_end, row_ends, step, WHICH, NEGATIVE_SCALE, "yes",
+            )  # fmt: skip
             step += 1
-            slot = step % SLOTS
-            # Here, not where it is used: ptxas moves nothing across this wait, but would have moved
-            # all of the softmax behind the next one.
-            mbarrier.wait(shared.full.index(slot), (step // SLOTS) & 1)
-            accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
-            mbarrier.arrive(shared.free.index(used), count=1)
-            accumulator = accumulator * gl.expand_dims(gl.convert_layout(rescale, OUT_BY_ROW), 1)
-            operand = gl.convert_layout(weights.to(dtype), OPERAND)
+        else:
+            scores, running_max, running_sum, weights = first_block(
+                shared, scale_log2, block, seen_end, row_ends, WHICH, BLOCK_N, NEGATIVE_SCALE,
+                "look",
+            )  # fmt: skip
+            wait_first_values(shared, block, value_end, WHICH, VALUE)
 
-        accumulator = warpgroup_mma(
-            operand, flat(shared.value.index(slot)), accumulator, is_async=True
-        )
+        left = block // BLOCK_N
+        if work.CAUSAL:
+            # Of the blocks that are left, numbers left - 1 to 0, those from the one on that holds
+            # the first key that the first row does not see.
+            masked = gl.maximum(left - gl.maximum(seen_end, 0) // BLOCK_N, 0)
+            for _ in range(masked):
+                block -= BLOCK_N
+                scores, accumulator, running_max, running_sum, weights = take_step(
+                    shared, scores, weights, accumulator, running_max, running_sum, scale_log2,
+                    block, seen_end, row_ends, step, WHICH, NEGATIVE_SCALE, "yes",
+                )  # fmt: skip
+                step += 1
+        else:
+            masked = left * 0
+            weights = as_operand(weights, accumulator, shared)
+        # From one loop into another, and so out of both, weights go in float32: 16-bit numbers
+        # would be taken apart on the way and packed again. Where there is but one, it carries
+        # them as they are used, which takes fewer registers.
+        for _ in range(masked, left):
+            block -= BLOCK_N
+            scores, accumulator, running_max, running_sum, weights = take_step(
+                shared, scores, weights, accumulator, running_max, running_sum, scale_log2,
+                block, seen_end, row_ends, step, WHICH, NEGATIVE_SCALE, "no",
+            )  # fmt: skip
+            if not work.CAUSAL:
+                weights = as_operand(weights, accumulator, shared)
+            step += 1
+        operand = as_operand(weights, accumulator, shared)
+        wait_loaded(shared, step)
+        values = flat(shared.value.index(step % shared.SLOTS))
+        accumulator = warpgroup_mma(operand, values, accumulator, is_async=True)
         accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
 
         empty = running_sum == 0.0
         total = gl.where(empty, 1.0, running_sum)
-        inverse = gl.convert_layout(1.0 / total, OUT_BY_ROW)
-        result = (accumulator * gl.expand_dims(inverse, 1)).to(dtype)
-        line = WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LINES))
-        columns = gl.arange(0, VALUE, gl.SliceLayout(0, LINES))
-        out_rows = out + (token.to(gl.int64) * out_stride_t + head.to(gl.int64) * out_stride_h)
-        places = out_rows + gl.expand_dims(line.to(gl.int64) * out_stride_t, 1)
-        gl.store(
-            places + gl.expand_dims(columns, 0),
-            gl.convert_layout(result, LINES),
-            mask=gl.expand_dims(line < rows, 1),
-        )
+        inverse = gl.convert_layout(1.0 / total, gl.SliceLayout(1, VALUES))
+        result = (accumulator * gl.expand_dims(inverse, 1)).to(out.dtype.element_ty)
+        store_result(result, out, token, head, rows, out_stride_t, out_stride_h, WHICH)
         lse_log2 = gl.where(empty, float("-inf"), running_max + gl.log2(total))
         lse_rows = lse + (token.to(gl.int64) * lse_stride_t + head.to(gl.int64) * lse_stride_h)
         gl.store(

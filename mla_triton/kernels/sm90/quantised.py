@@ -3,41 +3,37 @@
 What: as `mla_triton.kernels.sm90.decode`, over a cache with one scale for all latents and one for
 all rotary keys. Where: capability 9.0 exactly.
 
-Work: program (lane, part) walks the groups of its part, with a tile of 16 or 32 rows, in three
-partitions: two warpgroups, each of which has every other block of 64 keys to itself, and one warp
-that loads bytes by TMA. `quantised_steps.py` says how bytes become products, and which barriers
-there are. Lanes of a part run side by side and share its keys through the L2.
+Work: program (lane, part) walks the groups of its part, with a tile of 16, 32 or 64 rows, in two
+partitions: two warpgroups that take a block of 128 keys together, and one warp that loads bytes by
+TMA. `quantised_steps.py` says how bytes become products, and which barriers there are. Lanes of a
+part run side by side and share its keys through the L2.
 
-Budget at latent 512 + rope 64: queries 18 KiB for 16 rows, 36 for 32; 36 KiB for each block of keys
-in flight, of which there are `Config.slots`; 168 registers a thread as launched, 240 for a
-warpgroup (32 of output for every 8 rows) and 24 for the loader once they are apart.
+Budget at latent 512 + rope 64: queries 1.125 KiB a row, weights 0.25, two blocks of latents of
+64 KiB and one of rotary keys of 8: 159 KiB for 16 rows, 181 for 32, 226 for 64. Registers: 168 a
+thread as launched, about 240 for the warpgroups (2 of output a row, half of one of scores) and 24
+for the loader once they are apart.
 """
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
-from mla_triton.kernels.common.launch import TYPE_NAMES, Launch, Variant, View
-from mla_triton.kernels.common.tensors import DecodeTensors, strides
-from mla_triton.kernels.common.tiles import LOG2_E
+from mla_triton.kernels.common.launch import TYPE_NAMES, Launch, Variant
+from mla_triton.kernels.common.tensors import DecodeTensors
 from mla_triton.kernels.sm90 import quantised_steps
 from mla_triton.kernels.sm90.decode_config import BLOCK, Config
 from mla_triton.kernels.sm90.gluon import GluonASTSource, gl, gluon
 from mla_triton.kernels.sm90.pieces import Call, barriers
+from mla_triton.kernels.sm90.views import maps, row_strides, sizes
 from mla_triton.plan import Geometry
 from mla_triton.problem import DecodeProblem
 
 REGISTERS_AT_LAUNCH = 168
-REGISTERS = gl.constexpr(240)
-"""Of a thread of a warpgroup, once the loader has given its own away."""
 LOADER_REGISTERS = gl.constexpr(24)
-READY = {
-    16: int(os.environ.get("R16", 2)),
-    32: int(os.environ.get("R32", 2)),
-    64: int(os.environ.get("R64", 0)),
-}
-"""Operands of latents that are made before the weights are there, by rows: what registers hold."""
+SLOTS = 2
+"""Blocks of latents in shared memory: one in hand, one on its way."""
+READY = {16: 2, 32: 2, 64: 0}
+"""Operands that are made of latents before the weights are there, by rows: what registers hold."""
 ARGUMENTS = (
     ("q_nope", "*T"),
     ("q_rope", "*T"),
@@ -167,7 +163,7 @@ def variant(problem: DecodeProblem, config: Config, geometry: Geometry) -> Varia
             ("CAUSAL", problem.causal),
             ("ROWS", geometry.row_tile),
             ("TILE", geometry.kv_tile),
-            ("SLOTS", 2),
+            ("SLOTS", SLOTS),
             ("READY", READY[geometry.row_tile]),
         ),
         ALIGNED,
@@ -182,16 +178,6 @@ def map_type(rows: int, columns: int, swizzle: int) -> str:
     """What Triton calls a TMA descriptor of boxes of bytes."""
     layout = gl.NVMMASharedLayout(swizzle, 8, 2)
     return f"tensordesc<fp8e4nv[{rows}, {columns}],{layout!r}>"
-
-
-def maps(problem: DecodeProblem, tensors: DecodeTensors) -> list[View]:
-    """Latents and rotary keys, each as one row of slots, whatever page they are in."""
-    last_page = tensors.ckv.shape[0] - 1
-    rows = last_page * problem.page_slots + problem.page_size
-    latents = View(tensors.ckv, (rows, problem.value_dim), (problem.ckv_stride_slot, 1))
-    if tensors.kpe is None:
-        return [latents, View(tensors.ckv, (rows, problem.key_dim), latents.strides)]
-    return [latents, View(tensors.kpe, (rows, problem.rope), (problem.kpe_stride_slot, 1))]
 
 
 def arguments(problem: DecodeProblem, geometry: Geometry, tensors: DecodeTensors) -> list[Any]:
@@ -211,22 +197,11 @@ def arguments(problem: DecodeProblem, geometry: Geometry, tensors: DecodeTensors
         t.out,
         t.lse,
         *maps(problem, t),
-        *strides(t.q_nope, problem.ragged),
-        *strides(t.q_rope, problem.ragged),
-        *strides(t.out, problem.ragged),
-        *strides(t.lse, problem.ragged),
+        *row_strides(problem, t),
         t.pages.shape[0] if problem.csr else t.pages.stride(0),
         problem.page_slots,
         problem.value_dim if problem.fused else 0,
-        problem.batch,
-        problem.s_q or 0,
-        problem.queries,
-        problem.heads,
-        min(problem.max_kv_len, t.planned_kv_len),
-        t.planned_kv_len,
-        problem.num_pages,
-        geometry.parts,
-        t.softmax_scale * LOG2_E,
+        *sizes(problem, geometry, t),
     ]
 
 

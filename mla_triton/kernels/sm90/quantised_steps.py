@@ -267,8 +267,8 @@ def as_operand(keys, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def multiply_keys(
-    shared, step, slot, zero, rope_ratio, ROWS: gl.constexpr, VALUE: gl.constexpr, TAIL: gl.constexpr,
-    LAYOUT: gl.constexpr,
+    shared, step, slot, zero, rope_ratio, ROWS: gl.constexpr, VALUE: gl.constexpr,
+    TAIL: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Starts keys x queries^T of a block, `[128, queries]`.
 
@@ -439,7 +439,7 @@ def attend(
 
         accumulators = ()
         for _ in gl.static_range(VALUE // PAIR):
-            accumulators += (gl.zeros([PAIR, ROWS], gl.float32, PRODUCT),)
+            accumulators += (gl.zeros([PAIR, ROWS], gl.float32, PRODUCT),)  # type: ignore
         running_max = gl.full([ROWS], LOWEST, gl.float32, BY_ROW)
         sums = gl.sum(gl.zeros([KEYS, ROWS], gl.float32, PRODUCT).reshape([8, 2, 8, ROWS]), 1)
         SUMS: gl.constexpr = sums.type.layout
@@ -461,7 +461,7 @@ def attend(
             # What does not need the weights is made ready before they are waited for.
             ready = ()
             for turn in gl.static_range(READY):
-                ready += (value_operand(shared, slot, turn, STEP, PRODUCT),)
+                ready += (value_operand(shared, slot, turn, STEP, PRODUCT),)  # type: ignore
             scores = warpgroup_mma_wait(0, deps=(scores,)) * factor
             if block + KEYS > seen_end:
                 key = gl.expand_dims(block + block_keys, 1)
@@ -483,14 +483,14 @@ def attend(
                 accumulator = accumulators[place] * gl.expand_dims(rescale, 0)
                 for turn in gl.static_range(place * TURNS, (place + 1) * TURNS):
                     if turn < READY:
-                        values = ready[turn]
+                        values = ready[turn]  # type: ignore
                     else:
                         values = value_operand(shared, slot, turn, STEP, PRODUCT)
                     part = shared.weights.index(zero).slice(turn % TURNS * STEP, STEP, dim=0)
                     accumulator = warpgroup_mma(values, part, accumulator, is_async=True)
                     if turn >= READY:
                         accumulator = warpgroup_mma_wait(1, deps=(accumulator,))
-                results += (accumulator,)
+                results += (accumulator,)  # type: ignore
             accumulators = waited(results)
             mbarrier.arrive(shared.empty.index(slot), count=1)
             step += 1
