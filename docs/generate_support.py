@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 import triton
 
 from mla_triton import device as devices
-from mla_triton.problem import PrefillProblem
+from mla_triton.problem import DecodeProblem, PrefillProblem
 from mla_triton.testing import cache_compilation, prefill_compilation
 from mla_triton.testing.compilation import (
     DIMENSIONS,
@@ -67,6 +67,8 @@ TABLES = """\
 
 Made by `python docs/generate_support.py` with Triton {triton}, whose assembler it uses. *Rows* are
 (query, head) pairs of a program; each line gives the worst of all its page sizes and forms of call.
+*Over* names how a quantised cache is stored: `fp8` with one scale, else the columns that share one
+and what it is.
 *Shared memory* is in bytes a program, *registers* and *spills* (bytes of stack) are a thread's, and
 *in the loop* counts the stack accesses among the instructions of a key loop, which every step pays
 for: of the loops over whole blocks and over the keys around them, the one with the larger share.
@@ -164,8 +166,18 @@ def decode_key(row: Compiled) -> tuple[str, str, str, int, str]:
         str(problem.dtype).removeprefix("torch."),
         row.config,
         row.row_tile,
-        "tf32 allowed" if problem.allow_tf32 else "" if problem.aligned else "misaligned",
+        " ".join(forms(problem)),
     )
+
+
+def forms(problem: DecodeProblem) -> Iterator[str]:
+    """What is said of a problem behind its dtype."""
+    if problem.storage is not None:
+        yield f"over {problem.storage.name}"
+    if problem.allow_tf32:
+        yield "tf32 allowed"
+    if not problem.aligned:
+        yield "misaligned"
 
 
 def decode_table(rows: Sequence[Compiled]) -> str:

@@ -10,7 +10,7 @@ import torch
 from mla_triton import configs, select
 from mla_triton.device import Device
 from mla_triton.plan import Geometry, schedule
-from mla_triton.problem import DecodeProblem, MergeProblem, PrefillProblem
+from mla_triton.problem import DecodeProblem, MergeProblem, PrefillProblem, Storage
 
 
 def device_facts(device: Device) -> dict[str, Any]:
@@ -101,7 +101,18 @@ def _values(problem: DecodeProblem | PrefillProblem | MergeProblem) -> dict[str,
 
 def _problem_facts(problem: DecodeProblem, kv_len: int) -> dict[str, Any]:
     values = _values(problem) | {"kv_len": kv_len}
+    storage = problem.storage
+    values["storage"] = None if storage is None else _storage_facts(storage)
     return {name: value for name, value in values.items() if name != "num_pages"}
+
+
+def _storage_facts(storage: Storage) -> dict[str, Any]:
+    """The fields of a quantised cache, and its name as tuned rows have it."""
+    plain = {
+        name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+        for name, value in storage._asdict().items()
+    }
+    return {"name": storage.name, **plain}
 
 
 def _schedule_facts(problem: DecodeProblem, geometry: Geometry, kv_len: int) -> dict[str, Any]:
@@ -129,6 +140,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
         f"value {problem['value_dim']}, {problem['dtype']}",
         f"          batch {problem['batch']}, {queries} {s_q}, kv_len {problem['kv_len']}, "
         f"page {problem['page_size']} in a {page_table} table{mask}",
+        *_storage_lines(problem["storage"]),
         *_what_runs(facts),
     ]
     if facts["config"] is not None:
@@ -141,6 +153,20 @@ def lines(facts: dict[str, Any]) -> list[str]:
             f"{made['parts_used']} parts have work, {made['merged_groups']} groups are merged",
         ]
     return text + _others(facts)
+
+
+def _storage_lines(storage: dict[str, Any] | None) -> list[str]:
+    """How keys are stored, where they are quantised."""
+    if storage is None:
+        return []
+    if not storage["group"]:
+        return ["cache     e4m3, one scale for all latents and one for all rotary keys (fp8)"]
+    kind = "an e8m0" if storage["scale"] == "uint8" else f"a {storage['scale']}"
+    rope = f", {storage['rope']} rotary keys apart" if storage["rope"] else ""
+    return [
+        f"cache     e4m3, {kind} scale for every {storage['group']} columns{rope} "
+        f"({storage['name']})"
+    ]
 
 
 def prefill_lines(facts: dict[str, Any]) -> list[str]:

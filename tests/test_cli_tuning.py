@@ -22,6 +22,7 @@ from mla_triton import cli, configs
 from mla_triton import device as devices
 from mla_triton.configs import store
 from mla_triton.kernels.portable import decode as portable
+from mla_triton.testing import compilation
 from mla_triton.tuning import tuner
 
 HAS_GPU = torch.cuda.is_available()
@@ -126,7 +127,7 @@ def test_a_dry_run_knows_what_was_tuned(capsys):
 def test_every_card_has_something_to_time(capsys, label):
     for point in facts(capsys, "tune", "--dry-run", "--capability", label, *SMALL)["work"]:
         assert len(point["candidates"]) > 1
-    count = sum(1 for _ in portable.search_space(None, devices.from_label(label)))
+    count = sum(1 for _ in portable.search_space(compilation.problem(), devices.from_label(label)))
     assert len(point["candidates"]) + len(point["pruned"]) >= count
 
 

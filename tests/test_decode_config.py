@@ -106,6 +106,43 @@ def test_programs_share_an_sm_where_they_fit_and_have_work():
     assert programs(replace(many, heads=32), "9.0") == 1, "as many merges as programs"
 
 
+@pytest.mark.parametrize("label", CARDS)
+@pytest.mark.parametrize("heads", [1, 16, 20, 32, 128])
+def test_every_quantised_problem_has_a_valid_config_and_follows_a_plan(label, heads):
+    """A plan is made without knowing how keys are stored: its row tile must have a config, too."""
+    card = devices.from_label(label)
+    for plain in compilation.quantised_problems(heads=heads).values():
+        planned = decode_config.geometry(plain.as_planned(), card)
+        for problem in (plain, replace(plain, page_size=1), replace(plain, aligned=False)):
+            for rows in (decode_config.row_tile(problem, card), planned.row_tile):
+                config = decode_config.heuristic(problem, card, rows)
+                assert decode_config.is_valid(config, problem, card, rows)[0]
+            assert decode_config.geometry(problem, card, like=planned) == planned
+            assert decode_config.geometry(problem, card) == decode_config.geometry(plain, card)
+
+
+def test_programs_that_convert_share_an_sm():
+    """With a schedule of their own: a plan counts on what a 16-bit cache would get."""
+    forms = compilation.quantised_problems()
+    for label, shared in (("9.0", 2), ("8.0", 2)):
+        for form, problem in forms.items():
+            assert programs(problem, label) == shared, (label, form)
+            lone = replace(problem, batch=1, queries=1)
+            assert programs(lone, label) == 1, "a second program would only lengthen the merge"
+    assert programs(forms["fp8"], "8.9") == 1, "two tiles in flight take the room of two programs"
+    assert programs(forms["fp8_ds_mla"], "8.9") == 2
+    assert programs(forms["fp8"].as_planned(), "9.0") == 1
+
+
+def test_what_is_worth_timing_over_a_quantised_cache_holds_the_heuristics_choice():
+    for label in ("8.0", "8.9", "9.0"):
+        card = devices.from_label(label)
+        for problem in compilation.quantised_problems().values():
+            space = list(decode_config.search_space(problem, card))
+            assert decode_config.heuristic(problem, card) in space
+            assert any(decode_config.is_valid(config, problem, card)[0] for config in space)
+
+
 def test_a_few_requests_are_read_by_several_short_programs():
     card = devices.from_label("9.0")
     for batch, heads, rows in ((1, 128, 16), (2, 64, 16), (2, 128, 64), (3, 64, 64), (1, 40, 16)):

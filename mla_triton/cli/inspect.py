@@ -16,6 +16,8 @@ import mla_triton
 from mla_triton import device as devices
 from mla_triton import explain as explanation
 from mla_triton import models
+from mla_triton.cache import named
+from mla_triton.cache.named import CACHE_FORMATS
 from mla_triton.cli.options import Commands, add_command, natural, positive, show
 from mla_triton.configs import cache_directory
 from mla_triton.device import Device
@@ -58,6 +60,7 @@ def _add_shape(command: argparse.ArgumentParser) -> None:
     add("--s-q", type=positive, default=1, help="query tokens of a request")
     add("--kv-len", type=natural, default=4096, help="cached tokens of a request")
     add("--page-size", type=positive, default=64)
+    add("--cache-format", choices=CACHE_FORMATS, default="16bit")
     add("--csr", action="store_true", help="page table in CSR form")
     add("--ragged", action="store_true", help="query tokens by cu_seqlens_q, --s-q on average")
     add("--no-causal", action="store_true")
@@ -142,8 +145,10 @@ def _rank(arguments: argparse.Namespace) -> tuple[Model, int]:
 def _prefill(arguments: argparse.Namespace) -> PrefillProblem:
     """The prefill that the options describe; ValueError where they describe none."""
     model, heads = _rank(arguments)
-    for name in ("latent", "csr", "ragged"):
+    for name in ("latent", "csr", "ragged", "cache_format"):
         value = getattr(arguments, name)
+        if value == "16bit":
+            continue
         if value:
             raise ValueError(f"{name} must be left out with --prefill, got {value}")
     rope = model.rope if arguments.rope is None else arguments.rope
@@ -183,7 +188,7 @@ def _decode(arguments: argparse.Namespace) -> DecodeProblem:
             f"value-dim must be latent or latent + rope, {latent} or {latent + rope}, "
             f"got {value_dim}"
         )
-    return DecodeProblem(
+    plain = DecodeProblem(
         dtype=DTYPES[arguments.dtype],
         batch=arguments.batch,
         s_q=None if arguments.ragged else arguments.s_q,
@@ -203,6 +208,7 @@ def _decode(arguments: argparse.Namespace) -> DecodeProblem:
         row_steps=RowSteps(latent + rope, latent + rope if rope else 0, value_dim, 1),
         max_kv_len=max(1, arguments.kv_len),
     )
+    return named.over(plain, arguments.cache_format)
 
 
 def _merge(states: int, problem: DecodeProblem | PrefillProblem) -> MergeProblem:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from mla_triton.cache.named import CACHE_FORMATS
 from mla_triton.tuning.deployment import DTYPES
 
 Commands = Any
@@ -64,6 +65,7 @@ def add_deployment(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"])
     add("--page-size", type=positive, nargs="+", default=[64], metavar="N")
+    add("--cache-format", nargs="+", choices=CACHE_FORMATS, default=["16bit"])
     add("--no-causal", action="store_true")
     add(
         "--prefill-tokens", type=natural, default=0, metavar="N",
@@ -75,7 +77,7 @@ def description(arguments: argparse.Namespace) -> dict[str, Any]:
     """The deployment's options as `mla_triton.tune` and `mla_triton.warmup` take them."""
     names = (
         "model", "from_model", "tp", "heads", "latent", "rope", "value_dim", "max_batch",
-        "max_len", "s_q", "dtype", "page_size", "prefill_tokens",
+        "max_len", "s_q", "dtype", "page_size", "cache_format", "prefill_tokens",
     )  # fmt: skip
     return {name: getattr(arguments, name) for name in names} | {"causal": not arguments.no_causal}
 

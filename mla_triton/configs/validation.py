@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from mla_triton import device as devices
+from mla_triton.cache.named import over_storage
 from mla_triton.configs.lookup import usable
 from mla_triton.configs.table import Items, Row, Scalar, Table
 from mla_triton.device import Device
@@ -149,6 +150,9 @@ def _problem(implementation: ModuleType, row: Row, device: Device) -> tuple[Prob
                 return None, f"key.{name} must be {found[name]!r}, got {key[name]!r}"
         # The same key but for the tile, which only decode has in its key.
         row_tiles.add(found["row_tile"])
+    if not row_tiles:
+        known = "16bit, fp8 or fp8-<columns that share a scale>-<float32 or e8m0>"
+        return None, f"key.format must be {known}, got {key['format']!r}"
     possible = " or ".join(map(str, sorted(row_tiles)))
     where = f"at batch {row.point.batch} on {device.label}, or no call finds the row"
     return None, f"key.row_tile must be {possible} {where}, got {key['row_tile']}"
@@ -185,7 +189,8 @@ def prefill_problems(key: Items, batch: int, length: int) -> Iterator[PrefillPro
 
 
 def decode_problems(key: Items, batch: int, length: int) -> Iterator[DecodeProblem]:
-    """Problems that the key of a row stands for, over a fused and aligned cache.
+    """Problems that the key of a row stands for, over a fused and aligned cache, or one whose
+    columns have scales and whose rotary keys, if they are no values, lie apart.
 
     First the one that the key says; then others of its buckets, which hold several head counts and
     query tokens and so may be cut into other row tiles.
@@ -195,7 +200,7 @@ def decode_problems(key: Items, batch: int, length: int) -> Iterator[DecodeProbl
     # Row tiles change at 16 and 32 rows, and at multiples of 64 that are few.
     for s_q in _tokens(int(values["s_q"])):
         for heads in _heads(int(values["heads"])):
-            yield DecodeProblem(
+            plain = DecodeProblem(
                 dtype=DTYPES[str(values["dtype"])],
                 batch=batch,
                 s_q=s_q,
@@ -214,6 +219,7 @@ def decode_problems(key: Items, batch: int, length: int) -> Iterator[DecodeProbl
                 row_steps=RowSteps(latent + rope, latent + rope if rope else 0, value_dim, 1),
                 max_kv_len=length,
             )
+            yield from over_storage(plain, str(values["format"]))
 
 
 def _tokens(bucket: int) -> tuple[int, ...]:

@@ -20,9 +20,17 @@ from typing import Any
 import torch
 
 from mla_triton import device as devices
+from mla_triton.cache import named
 from mla_triton.device import Device
 from mla_triton.kernels.sm90 import decode_config as sm90_config
-from mla_triton.problem import MOST_APART, DecodeProblem, MergeProblem, PrefillProblem, RowSteps
+from mla_triton.problem import (
+    MOST_APART,
+    DecodeProblem,
+    MergeProblem,
+    PrefillProblem,
+    RowSteps,
+    Storage,
+)
 from mla_triton.problem_cache import AppendProblem, CopyProblem, GatherProblem
 from mla_triton.testing import resources
 from mla_triton.testing.resources import Resources
@@ -35,6 +43,10 @@ HEADS = (16, 32, 128)
 PAGE_SIZES = (1, 16, 32, 64, 128, 48)
 DIMENSIONS = ((512, 64, 512), (512, 0, 512), (256, 64, 256), (256, 32, 256), (128, 32, 128))
 ROPE_INSIDE = (448, 64, 512)
+QUANTISED_LABELS = ("8.0", "8.9", "9.0", "10.0")
+"""e4m3 by arithmetic; by conversion; beside wgmma; beside tcgen05."""
+MANY_ROWS = ("fp8", "fp8_ds_mla")
+"""Forms of a quantised cache that are compiled for more than 16 rows, too."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +109,26 @@ def problem(
     )
 
 
+def quantised_problems(
+    dtype: torch.dtype = torch.bfloat16, heads: int = 16
+) -> dict[str, DecodeProblem]:
+    """The same batch over each form of a quantised cache, by name."""
+    plain, inside = problem(dtype, heads), problem(dtype, heads, dimensions=ROPE_INSIDE)
+    pair = replace(plain, fused=False, ckv_stride_slot=512, kpe_stride_slot=64)
+    rope_numbers = Storage(torch.float8_e4m3fn, 0, torch.float32, 0)
+    return {
+        "fp8": named.over(plain, "fp8"),
+        "fp8 pair": replace(pair, storage=rope_numbers),
+        "fp8 rope inside": named.over(inside, "fp8"),
+        "groups": replace(pair, storage=Storage(dtype, 128, torch.float32, 4)),
+        "fp8_v41": named.over(inside, "fp8_v41"),
+    } | (
+        {"fp8_ds_mla": named.over(plain, "fp8_ds_mla"), "fp8_v4": named.over(inside, "fp8_v4")}
+        if dtype == torch.bfloat16
+        else {}
+    )
+
+
 def cases() -> Iterator[Case]:
     """All cases: page sizes, then model dimensions, then the forms of a call, on every card."""
     for label in LABELS:
@@ -128,8 +160,22 @@ def cases() -> Iterator[Case]:
         for batch in (64, 1000):
             yield Case(label, "schedule", replace(plain, batch=batch))
             yield Case(label, "schedule", replace(ragged, batch=batch))
+        yield from _quantised_cases(label)
         yield from _sm90_cases(label)
         yield from (Case(label, "merge", merge) for merge in merges())
+
+
+def _quantised_cases(label: str) -> Iterator[Case]:
+    """Each form of a quantised cache, on a card of each way to convert and multiply."""
+    if label not in QUANTISED_LABELS:
+        return
+    for heads, forms in ((16, ("fp8", "fp8_ds_mla", "fp8_v4", "fp8_v41")), (128, MANY_ROWS)):
+        known = quantised_problems(heads=heads)
+        for form in forms:
+            yield Case(label, "portable", known[form])
+    one_scale = quantised_problems(torch.float16)["fp8 pair"]
+    yield Case(label, "portable", replace(one_scale, page_size=1))
+    yield Case(label, "portable", replace(quantised_problems()["groups"], aligned=False))
 
 
 def merges() -> Iterator[MergeProblem]:

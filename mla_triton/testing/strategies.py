@@ -23,7 +23,16 @@ import torch
 from hypothesis import strategies as st
 
 from mla_triton.testing.prefill_problems import PrefillInputs, prefill_inputs
-from mla_triton.testing.problems import DecodeInputs, Logits, decode_inputs
+from mla_triton.testing.problems import PACKED, DecodeInputs, Logits, Stored, decode_inputs
+
+SERVED: dict[Stored, tuple[torch.dtype, ...]] = {
+    "fp8": (torch.float16, torch.bfloat16),
+    "fp8_groups": (torch.float16, torch.bfloat16),
+    "fp8_ds_mla": (torch.bfloat16,),
+    "fp8_v4": (torch.bfloat16,),
+    "fp8_v41": (torch.float16, torch.bfloat16),
+}
+"""Dtypes of queries over a quantised cache."""
 
 
 @st.composite
@@ -38,6 +47,7 @@ def decode_problems(
     logits: Sequence[Logits] = ("normal", "large", "equal_keys", "dominant_key"),
     tables: Sequence[Literal["dense", "csr"]] = ("dense", "csr"),
     layouts: Sequence[Literal["fused", "pair"]] = ("fused", "pair"),
+    stored: Sequence[Stored] = ("16bit",),
     paddings: Sequence[int] = (0, 16, 1),
     ragged: Sequence[bool] = (False, True),
     max_batch: int = 3,
@@ -49,6 +59,8 @@ def decode_problems(
 
     Each sequence is what the strategy may choose from, simplest first: hypothesis shrinks towards
     it. `dims` are (latent, rope) pairs; `paddings` columns between rows, 0 for contiguous tensors.
+    `stored` says how the cache may be quantised: a packed format has its own dims, and of the
+    dtypes those that it serves are drawn, which must be among them.
     Lengths reach from 0 to `max_kv_len` and favour the neighbourhood of page borders; a request may
     have more queries than keys, and a ragged one none.
     """
@@ -69,8 +81,14 @@ def decode_problems(
     else:
         s_q = draw(st.integers(1, max_s_q))
     layout = draw(st.sampled_from(layouts))
+    form = draw(st.sampled_from(stored))
     # A value that reaches into the rope part needs it in the same tensor.
     inside = draw(st.sampled_from(rope_in_value)) and rope > 0 and layout == "fused"
+    if form == "fp8_groups":
+        inside, rope = False, rope or 64
+    elif form in PACKED:
+        inside = form != "fp8_ds_mla"
+        latent, rope = (448, 64) if inside else (512, 64)
     return decode_inputs(
         kv_lens=kv_lens,
         s_q=s_q,
@@ -80,9 +98,10 @@ def decode_problems(
         rope=rope,
         value_dim=latent + rope if inside else None,
         page_size=page_size,
-        dtype=draw(st.sampled_from(dtypes)),
+        dtype=draw(st.sampled_from([d for d in dtypes if d in SERVED.get(form, dtypes)])),
         causal=draw(st.booleans()),
         layout=layout,
+        stored=form,
         table=draw(st.sampled_from(tables)),
         strided=draw(st.sampled_from(paddings)),
         logits=draw(st.sampled_from(logits)),

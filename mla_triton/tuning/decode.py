@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mla_triton import select, timing
+from mla_triton.cache import LatentCache, named
 from mla_triton.device import Device
 from mla_triton.kernels.common.launch import Variant
 from mla_triton.kernels.common.tensors import DecodeTensors
@@ -30,8 +31,9 @@ def implementation_of(problem: DecodeProblem, device: Device) -> ModuleType:
 
 def describe(key: Mapping[str, Any]) -> str:
     """The key of a row, for a reader."""
+    over = "" if key["format"] == "16bit" else f" over {key['format']}"
     return (
-        f"{key['latent']}+{key['rope']} {key['dtype']} heads {key['heads']} s_q {key['s_q']} "
+        f"{key['latent']}+{key['rope']} {key['dtype']}{over} heads {key['heads']} s_q {key['s_q']} "
         f"page {key['page_size']} rows {key['row_tile']}"
     )
 
@@ -46,9 +48,25 @@ def variant(
 
 def bytes_of(problem: DecodeProblem) -> int:
     """Bytes of the keys of a call whose requests are all of the longest length."""
-    pages = -(-problem.max_kv_len // problem.page_size)
-    keys = problem.batch * pages * problem.page_size
-    return keys * problem.key_dim * problem.dtype.itemsize
+    pages = problem.batch * -(-problem.max_kv_len // problem.page_size)
+    if problem.storage is not None:
+        return pages * named.page_bytes(named.name_of(problem), problem.page_size, problem.key_dim)
+    return pages * problem.page_size * problem.key_dim * problem.dtype.itemsize
+
+
+def _caches(
+    problem: DecodeProblem, copies: int, size: int, memory: Memory, generator: torch.Generator
+) -> list[LatentCache]:
+    """So many caches of `size` bytes with N(0,1) keys, as the problem's is stored."""
+    page_size, columns = problem.page_size, problem.key_dim
+    if problem.storage is None:
+        values = memory.take(problem.dtype, copies * size // problem.dtype.itemsize)
+        return [LatentCache(each) for each in values.view(copies, -1, page_size, columns)]
+    name = named.name_of(problem)
+    raw = memory.take(torch.uint8, copies * size)
+    pages = raw.view(copies, -1, named.page_bytes(name, page_size, columns))
+    named.fill(name, pages.flatten(0, 1), page_size, columns, generator)
+    return [named.parts(name, each, page_size) for each in pages]
 
 
 class Trial:
@@ -74,9 +92,8 @@ class Trial:
         self._q_rope = normal(batch, s_q, heads, problem.rope) if problem.rope else None
         size = bytes_of(problem)
         copies = timing.cold_copies(size)
-        values = memory.take(problem.dtype, copies * size // problem.dtype.itemsize)
-        self._caches = values.view(copies, -1, problem.page_size, problem.key_dim)
-        pages = self._caches.shape[1]
+        self._caches = _caches(problem, copies, size, memory, generator)
+        pages = self._caches[0].ckv.shape[0]
         order = torch.randperm(pages, generator=generator, device=where, dtype=torch.int32)
         self._page_table = order.view(batch, -1)
         self._kv_lens = torch.full((batch,), problem.max_kv_len, dtype=torch.int32, device=where)
@@ -100,9 +117,9 @@ class Trial:
             self._implementation.geometry(self._problem, self._device),
         )
 
-        def call_on(cache: torch.Tensor) -> Callable[[], None]:
+        def call_on(cache: LatentCache) -> Callable[[], None]:
             tensors = DecodeTensors(
-                self._q_nope, self._q_rope, cache, None, None, self._page_table, None,
+                self._q_nope, self._q_rope, *cache, self._page_table, None,
                 self._kv_lens, None, self._own[0], self._problem.max_kv_len, self._own[1],
                 self._own[2], self._out, self._lse, self._scale,
             )  # fmt: skip
@@ -133,11 +150,12 @@ class Trial:
         # Only here, so that an ordinary import does not load what tests need.
         from mla_triton.testing import DecodeInputs, compare, decode_budget
 
+        first = self._caches[0]
         rows = torch.tensor(sorted({0, self._problem.batch - 1}), device=self._kv_lens.device)
         sample = DecodeInputs(
             q_nope=self._q_nope[rows],
             q_rope=None if self._q_rope is None else self._q_rope[rows],
-            cache=self._caches[0],
+            cache=first.ckv if first.scales is None else first,
             page_table=self._page_table[rows],
             kv_lens=self._kv_lens[rows],
             softmax_scale=self._scale,

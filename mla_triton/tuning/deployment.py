@@ -16,6 +16,9 @@ from typing import Any
 import torch
 
 from mla_triton import models, validate, validate_merge, validate_prefill
+from mla_triton.cache import LatentCache, named
+from mla_triton.cache.formats import E4M3
+from mla_triton.cache.named import CACHE_FORMATS
 from mla_triton.configs import length_bucket
 from mla_triton.models import Model
 from mla_triton.problem import DecodeProblem, MergeProblem, PrefillProblem
@@ -52,6 +55,8 @@ class Deployment:
     queries: tuple[str, ...]
     ragged: bool
     causal: bool
+    cache_formats: tuple[str, ...] = ("16bit",)
+    """Names of `mla_triton.cache.named`."""
     v: int | None = None
     """Width of a head's values in a prefill, where it is known."""
     prefill_tokens: int = 0
@@ -61,13 +66,13 @@ class Deployment:
         """The problems of a batch that differ in more than sizes, `max_len` keys long each."""
         for dtype in self.dtypes:
             for page_size in self.page_sizes:
-                for layout in self.layouts:
+                for cache in self._caches(dtype, page_size):
                     for table in self.tables:
                         for s_q in self.s_q:
                             for query in self.queries:
                                 for q_rope_width in self._rope_widths(query):
                                     yield self._problem(
-                                        batch, dtype, page_size, layout, table, s_q, query,
+                                        batch, dtype, page_size, cache, table, s_q, query,
                                         q_rope_width,
                                     )  # fmt: skip
 
@@ -109,6 +114,23 @@ class Deployment:
         longest = length_bucket(requests * pages * form.page_size)
         return [1 << n for n in range(longest.bit_length())]
 
+    def _caches(self, dtype: torch.dtype, page_size: int) -> Iterator[LatentCache]:
+        """A page of each cache that there may be, on no memory. A packed format is its layout."""
+        slots, width = (1, page_size), self.latent + self.rope
+        for name in self.cache_formats:
+            if name in named.PACKED:
+                pages = _made(1, named.page_bytes(name, page_size, width), kind=torch.uint8)
+                yield named.parts(name, pages, page_size)
+                continue
+            kind = dtype if name == "16bit" else E4M3
+            scales = None if name == "16bit" else _made(2, kind=torch.float32)
+            for layout in self.layouts:
+                if layout == "fused":
+                    yield LatentCache(_made(*slots, width, kind=kind), None, scales)
+                else:
+                    kpe = _made(*slots, self.rope, kind=kind) if self.rope else None
+                    yield LatentCache(_made(*slots, self.latent, kind=kind), kpe, scales)
+
     def _rope_widths(self, query: str) -> tuple[int, ...]:
         """From one rotary query to the next: alone, or behind what was absorbed."""
         if query != "joined" and self.rope and self.nope is not None:
@@ -120,7 +142,7 @@ class Deployment:
         batch: int,
         dtype: torch.dtype,
         page_size: int,
-        layout: str,
+        cache: LatentCache,
         table: str,
         s_q: int,
         query: str,
@@ -139,16 +161,12 @@ class Deployment:
             q_rope = made(tokens, heads, rope_width)[..., -self.rope :]
         if not self.ragged:
             q_nope, q_rope = (q.unflatten(0, (batch, s_q)) for q in (q_nope, q_rope))
-        slots = (1, page_size)
-        fused = layout == "fused"
         int32 = torch.int32
         pages = -(-self.max_len // page_size)
         return validate.decode(
             q_nope,
             q_rope if self.rope else None,
-            made(*slots, width if fused else self.latent),
-            None if fused or not self.rope else made(*slots, self.rope),
-            None,
+            *cache,
             made(batch, pages, kind=int32) if table == "dense" else made(pages, kind=int32),
             None if table == "dense" else made(batch + 1, kind=int32),
             made(batch, kind=int32),
@@ -215,6 +233,7 @@ def describe(
     dtype: Any = "bfloat16",
     page_size: int | Sequence[int] = 64,
     layout: str | Sequence[str] = "fused",
+    cache_format: str | Sequence[str] = "16bit",
     table: str | Sequence[str] = "dense",
     queries: str | Sequence[str] = QUERIES,
     ragged: bool = False,
@@ -257,12 +276,18 @@ def describe(
         dtypes=tuple(_dtype(each) for each in _several("dtype", dtype)),
         page_sizes=tuple(_least("page_size", size) for size in _several("page_size", page_size)),
         layouts=_choices("layout", layout, LAYOUTS),
+        cache_formats=_choices("cache_format", cache_format, CACHE_FORMATS),
         tables=_choices("table", table, TABLES),
         queries=_choices("queries", queries, QUERIES),
         ragged=bool(ragged),
         causal=bool(causal),
         prefill_tokens=_least("prefill_tokens", prefill_tokens, 0),
     )
+    for kind in described.dtypes:
+        for name in described.cache_formats:
+            reason = named.why_not(name, kind, *widths, value_dim)
+            if reason is not None:
+                raise ValueError(reason)
     if prefill_tokens and not same_widths:
         rule = "be left out where latent and rope are not the model's: heads have no known widths"
         raise ValueError(f"prefill_tokens must {rule}, got {prefill_tokens}")

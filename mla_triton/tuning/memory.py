@@ -6,7 +6,8 @@ import torch
 
 
 class Memory:
-    """One large tensor of N(0,1) values, of which every trial takes slices."""
+    """One large tensor of N(0,1) values, of which every trial takes slices; or of bytes that a
+    trial fills."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -21,6 +22,7 @@ class Memory:
             torch.cuda.empty_cache()
             generator = torch.Generator(self.device).manual_seed(0)
             self._values = torch.empty(count, dtype=dtype, device=self.device)
-            self._values.normal_(generator=generator)
+            if dtype.is_floating_point:
+                self._values.normal_(generator=generator)
         assert self._values is not None
         return self._values[:count]

@@ -40,6 +40,8 @@ PORTABLE: tuple[dict[str, Any], ...] = (
     {"heads": 16, "dtype": torch.bfloat16, "layout": "pair", "strided": True},
     {"heads": 16, "dtype": torch.float16, "strided": 3},
     {"heads": 8, "dtype": torch.float32},
+    {"heads": 16, "dtype": torch.bfloat16, "stored": "fp8"},
+    {"heads": 5, "dtype": torch.bfloat16, "stored": "fp8_ds_mla", "page_size": 16},
 )
 HOPPER: tuple[dict[str, Any], ...] = (
     {"heads": 16, "dtype": torch.bfloat16},
@@ -54,6 +56,7 @@ HOPPER: tuple[dict[str, Any], ...] = (
     {"heads": 128, "dtype": torch.bfloat16, "s_q": 2},
     {"heads": 16, "dtype": torch.float16, "q_lens": (3, 1, 0, 33)},
     {"heads": 20, "dtype": torch.bfloat16, "layout": "pair", "strided": 16},
+    {"heads": 16, "dtype": torch.bfloat16, "stored": "fp8"},
 )
 
 

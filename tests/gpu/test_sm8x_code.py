@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from quantised import FORMS
 
 import mla_triton
 from mla_triton import device as devices
@@ -74,6 +75,24 @@ def test_decode(label, heads, dtype):
 def test_forms(label, dtype, recipe):
     kernels = run_as(label, dtype=dtype, **recipe)
     assert not any(kernel.uses("wgmma") for kernel in kernels)
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+@pytest.mark.parametrize("form", ["fp8 fused", "fp8 rope inside", "656", "584"])
+@pytest.mark.parametrize("label", ["8.0", "8.9"])
+def test_quantised_caches(label, form, heads):
+    """8.0 converts e4m3 by integer arithmetic, 8.9 has an instruction."""
+    kernels = run_as(label, heads=heads, **FORMS[form])
+    (attention,) = [k for k in kernels if k.uses("mma.sync")]
+    assert attention.uses("cp.async")
+    assert attention.uses("cvt.rn.f16x2.e4m3x2") is (label == "8.9")
+    limit = devices.from_label(label).shared_memory
+    assert all(kernel.shared <= limit for kernel in kernels)
+
+
+def test_float16_over_a_quantised_cache():
+    for label in ("8.0", "8.9"):
+        run_as(label, dtype=torch.float16, s_q=2, **FORMS["fp8 pair"])
 
 
 def test_the_card_itself_is_back_afterwards():

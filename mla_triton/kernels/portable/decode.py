@@ -75,8 +75,8 @@ from mla_triton.kernels.portable.tiles16 import (
     as_bytes,
     as_half_rows,
     column_order,
-    factor_of,
     key_order,
+    times_factor,
 )
 from mla_triton.plan import Geometry
 from mla_triton.problem import DecodeProblem
@@ -258,14 +258,14 @@ def decode_kernel(
         if ORDERED:
             q_value = key_order(q_value)
         if STORED == ONE_SCALE:
-            value_scale = factor_of(tl.load(scales), DECODE)
+            value_scale = tl.load(scales)
             q_value, value_factor = as_half_rows(q_value)
-            value_factor = value_factor * value_scale * scale_log2
+            value_factor = times_factor(value_factor, DECODE) * value_scale * scale_log2
             tail_factor = value_factor
             if TAIL > 0:
-                tail_scale = factor_of(tl.load(scales + 1), DECODE)
+                tail_scale = tl.load(scales + 1)
                 q_tail, tail_factor = as_half_rows(q_tail)
-                tail_factor = tail_factor * tail_scale * scale_log2
+                tail_factor = times_factor(tail_factor, DECODE) * tail_scale * scale_log2
 
         running_max = tl.full([ROW_TILE], LOWEST, tl.float32)
         running_sum = tl.zeros([ROW_TILE], tl.float32)
@@ -311,7 +311,8 @@ def decode_kernel(
             result = column_order(result, CHUNKS)
         if STORED == ONE_SCALE:
             # A row that saw nothing is 0 whatever the scale is.
-            result = tl.where((running_sum == 0.0)[:, None], 0.0, result * value_scale)
+            result = times_factor(result, DECODE) * value_scale
+            result = tl.where((running_sum == 0.0)[:, None], 0.0, result)
         result_inside = row_inside[:, None]
         if LATENT < VALUE:
             tail_result, _ = finish_softmax(tail_accumulator, running_max, running_sum)

@@ -176,7 +176,7 @@ def row_tile(problem: DecodeProblem, device: Device) -> int:
 
     float32 multiplies without tensor cores below tf32, and 16 rows fill the registers.
     """
-    problem = problem.as_planned()
+    problem = as_cut(problem)
     if problem.dtype == torch.float32 or device.backend == "interpreter":
         return 16
     if problem.rows <= 16 or is_alone(problem):
@@ -184,7 +184,19 @@ def row_tile(problem: DecodeProblem, device: Device) -> int:
     # AMD: 64 rows spill inside the key loop. 99 KiB cards: 64 rows of a 512-wide latent do not fit.
     if problem.rows <= 32 or device.backend == "hip":
         return 32
+    if problem.storage is not None and not problem.storage.group and device.has_wgmma:
+        # Queries that were computed, not loaded, stay in registers beside wgmma, and 64 rows spill.
+        return 32
     return 64 if fits(64, problem, device) else 32
+
+
+def as_cut(problem: DecodeProblem) -> DecodeProblem:
+    """The problem as far as its cut depends on it: what a plan knows, and how keys are stored,
+    which only a call that makes its own schedule knows."""
+    planned = problem.as_planned()
+    if problem.storage is None:
+        return planned
+    return replace(planned, storage=problem.storage, fused=problem.fused)
 
 
 def fits(rows: int, problem: DecodeProblem, device: Device) -> bool:
@@ -229,14 +241,7 @@ def candidates(problem: DecodeProblem, device: Device, rows: int) -> list[tuple[
             (Config(16, 8, 2), "half the keys where shared memory is short"),
         ]
     if problem.storage is not None:
-        if rows == 64 and device.has_wgmma:
-            return [(Config(64, 8, 2), "wgmma: one program an SM, its next tile in flight")]
-        if rows == 64:
-            return [(Config(32, 8, 2), "8 warps keep 64 rows in registers")]
-        return [
-            (Config(64, 8, 3) if rows == 16 else Config(32, 8, 3), "8 warps share the conversion"),
-            (Config(32, 8, 2), "one tile in flight where shared memory is short"),
-        ]
+        return quantised_candidates(problem, device, rows)
     # The keys of a block come from several pages: each key has an address of its own to keep.
     scattered = problem.page_size % 64 != 0
     if rows == 64:
@@ -265,6 +270,36 @@ def candidates(problem: DecodeProblem, device: Device, rows: int) -> list[tuple[
     ]
 
 
+def quantised_candidates(
+    problem: DecodeProblem, device: Device, rows: int
+) -> list[tuple[Config, str]]:
+    """The same over a quantised cache: a program converts as long as it multiplies, and two of them
+    on an SM take turns. 128 requests, 16 heads, H200: 502 us with two, 656 with one."""
+    assert problem.storage is not None
+    has_groups = problem.storage.group > 0
+    if rows == 64:
+        if device.has_tcgen05 and has_groups:
+            return [(Config(16, 8, 2), "tcgen05: 32 keys and their scales spill")]
+        if device.has_wgmma:
+            return [(Config(64, 8, 2), "wgmma: one program an SM, its next tile in flight")]
+        return [(Config(32, 8, 2), "8 warps keep 64 rows in registers")]
+    short = (Config(32, 8, 2), "one tile in flight where shared memory is short")
+    if rows == 32:
+        return [
+            (Config(32, 8, 3), "8 warps keep 32 rows and what they convert in registers"),
+            short,
+        ]
+    if has_groups and device.shared_memory >= 163 * KIB:
+        return [(Config(32, 4, 3), "61 KiB at 512+64: two programs an SM convert in turns"), short]
+    if has_groups:
+        return [(Config(32, 4, 2), "41 KiB at 512+64: two programs an SM convert in turns"), short]
+    if device.shared_memory >= 227 * KIB:
+        return [(Config(64, 4, 3), "93 KiB at 512+64: two programs an SM convert in turns"), short]
+    if device.shared_memory >= 163 * KIB:
+        return [(Config(64, 4, 2), "57 KiB at 512+64: two programs an SM convert in turns"), short]
+    return [(Config(64, 4, 3), "one program an SM at 99 KiB: two tiles in flight"), short]
+
+
 def choose(problem: DecodeProblem, device: Device, rows: int | None = None) -> tuple[Config, str]:
     """The first candidate that is valid, with its reason; ValueError if none is.
 
@@ -289,7 +324,7 @@ def heuristic(problem: DecodeProblem, device: Device, rows: int | None = None) -
 
 def programs_per_sm(problem: DecodeProblem, device: Device) -> int:
     """Programs that are resident on an SM together, as far as the schedule counts on it."""
-    problem = problem.as_planned()
+    problem = as_cut(problem)
     config = heuristic(problem, device)
     # A request of one row tile has so little work, alone, that a second program only lengthens the
     # merge. More than four warps with all their registers leave no room for a second program.
@@ -337,16 +372,20 @@ def tuning_point(
 def search_space(problem: DecodeProblem, device: Device) -> Iterator[Config]:
     """Every config worth timing, valid or not; which are is for `is_valid` to say.
 
-    Left out is what was far behind on every shape that was tried: one stage, 16 keys for 8 warps.
+    Left out is what was far behind on every shape that was tried: one stage, 16 keys for 8 warps,
+    and, where keys are converted, 128 keys for 4 warps.
     """
-    for block_n, num_warps, stages in (
-        (16, 4, (3, 4)),
+    common = (
         (32, 4, (2, 3, 4, 5)),
         (32, 8, (2, 3, 4)),
         (64, 4, (2, 3, 4)),
         (64, 8, (2, 3, 4)),
-        (128, 4, (2,)),
-        (128, 8, (2,)),
-    ):
+    )
+    space: tuple[tuple[int, int, tuple[int, ...]], ...]
+    if problem.storage is None:
+        space = ((16, 4, (3, 4)), *common, (128, 4, (2,)), (128, 8, (2,)))
+    else:
+        space = (*common, (128, 8, (2, 3)))
+    for block_n, num_warps, stages in space:
         for num_stages in stages:
             yield Config(block_n, num_warps, num_stages)

@@ -8,8 +8,9 @@ float16's range. With a scale for each group of a token's columns a number is mu
 float32 and rounded once, to the queries' dtype.
 
 Where a card cannot convert e4m3, its bytes become the bits of a float16 that is 2**-8 of their
-value: exponent and mantissa are moved by one place, and all that differs is the bias. The factor
-goes where the scale goes.
+value: exponent and mantissa are moved by one place, and all that differs is the bias. With one
+scale the factor goes into logits and result, apart from the scale, which may be too large to be
+multiplied by it; with groups it is undone in float16, two numbers at once.
 """
 
 import triton
@@ -39,6 +40,12 @@ FOUR_BYTES = tl.constexpr("""{
     shr.u32 high, high, 1;
     lop3.b32 $1, sign, 0x80008000, high, 0xEA;
 }""")
+TIMES_256 = tl.constexpr("""{
+    .reg .b32 factor;
+    mov.b32 factor, 0x5c005c00;
+    mul.rn.f16x2 $0, $1, factor;
+}""")
+BYTE_FACTOR = tl.constexpr(256.0)
 
 
 @triton.jit
@@ -58,12 +65,25 @@ def half_of(stored, DECODE: tl.constexpr):
 
 
 @triton.jit
-def factor_of(scale, DECODE: tl.constexpr):
-    """What numbers of `half_of` are multiplied by, whose scale this is."""
+def whole_of(half, DECODE: tl.constexpr):
+    """The numbers themselves, of what `half_of` makes of them."""
     if DECODE == NATIVE:
-        return scale
+        return half
+    elif DECODE == WORDS:
+        return tl.inline_asm_elementwise(
+            TIMES_256, "=r,r", [half], dtype=tl.float16, is_pure=True, pack=2
+        )
     else:
-        return scale * 256.0
+        return (half * BYTE_FACTOR).to(tl.float16)
+
+
+@triton.jit
+def times_factor(value, DECODE: tl.constexpr):
+    """What came of numbers of `half_of`, as it would have of the numbers themselves."""
+    if DECODE == NATIVE:
+        return value
+    else:
+        return value * BYTE_FACTOR
 
 
 @triton.jit
@@ -114,10 +134,10 @@ def load_scaled_keys(
     GROUPS: tl.constexpr = WIDTH // SCALED
     numbers = load_keys(rows, key_inside, COLUMNS, WIDTH, MASKED)
     scales = load_keys(scale_rows, key_inside, COLUMNS // SCALED, GROUPS, MASKED)
-    scales = factor_of(float32_scale(scales), DECODE)
-    halves = half_of(numbers, DECODE).to(tl.float32)
-    grouped = tl.reshape(halves, [halves.shape[0], GROUPS, SCALED]) * scales[:, :, None]
-    return tl.reshape(grouped, [halves.shape[0], WIDTH])
+    scales = float32_scale(scales)
+    values = whole_of(half_of(numbers, DECODE), DECODE).to(tl.float32)
+    grouped = tl.reshape(values, [values.shape[0], GROUPS, SCALED]) * scales[:, :, None]
+    return tl.reshape(grouped, [values.shape[0], WIDTH])
 
 
 @triton.jit

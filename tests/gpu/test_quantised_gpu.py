@@ -1,0 +1,199 @@
+"""Decode over quantised caches as machine code, by each implementation, against the oracle.
+
+Few kernels and many values: a case runs all that its kernel can be asked for.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from quantised import FORMS, FORMS_BY_DTYPE, SCALED, all_scales, inputs_of, owned_slots, spoilt
+from quantised import wrong_bytes as wrong_bytes_by
+from ways import Way, is_refused, run
+
+import mla_triton
+from mla_triton import device as devices
+from mla_triton.kernels.portable.decode import decoding
+from mla_triton.testing import assert_within_budget, untouched_padding
+from mla_triton.testing.problems import DecodeInputs
+
+SKEWED = (5000, 0, 1, 63, 64, 65, 700, 2048)
+RAGGED = (3, 2, 0, 70, 1, 64, 0, 9)
+WAYS = (Way("portable"), Way("sm90"))
+BF16 = torch.bfloat16
+
+
+def made(form: str, **changes) -> DecodeInputs:
+    usual = {"kv_lens": SKEWED, "s_q": 1, "heads": 16, "page_size": 64, "device": "cuda"}
+    return inputs_of(form, **(usual | changes))
+
+
+def judge(inputs: DecodeInputs, way: Way, **more) -> mla_triton.AttentionState | None:
+    """Twice the same bits within the budget; or None, refused with the reason."""
+    if is_refused(inputs, way):
+        return None
+    state, again = (run(inputs, way, **inputs.output_buffers(), **more) for _ in range(2))
+    assert_within_budget(state, inputs)
+    assert torch.equal(state.out, again.out)
+    assert torch.equal(state.lse, again.lse)
+    assert not inputs.padding or (untouched_padding(state.out) and untouched_padding(state.lse))
+    return state
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_each_implementation_takes_what_it_is_for(way):
+    """So that what follows is not refusals alone."""
+    is_hopper = devices.current().capability == (9, 0)
+    for form in FORMS:
+        takes = way.impl == "portable" or (
+            is_hopper and form in ("fp8 fused", "fp8 pair", "fp8 without rope")
+        )
+        assert is_refused(made(form), way) is not takes, form
+
+
+def test_every_byte_becomes_its_number():
+    for decode in {decoding(devices.current()), "words", "bytes"}:
+        assert not wrong_bytes_by(decode, "cuda"), decode
+
+
+@pytest.mark.parametrize("heads", [(1, 5), (16,), (33,), (128,)], ids=str)
+@pytest.mark.parametrize("s_q", [1, 2])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_heads_and_query_tokens(way, form, s_q, heads):
+    for count in heads:
+        judge(made(form, heads=count, s_q=s_q, seed=count), way)
+
+
+@pytest.mark.parametrize(("form", "dtype"), [p for p in FORMS_BY_DTYPE if p[1] != BF16], ids=str)
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_float16(way, form, dtype):
+    for shape in ({"heads": 16}, {"heads": 33, "s_q": 2, "causal": False}):
+        for logits in ("normal", "large", "dominant_key"):
+            judge(made(form, dtype=dtype, logits=logits, **shape), way)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"page_size": 1},
+        {"page_size": 16, "table": "csr", "q_lens": RAGGED, "heads": 5},
+        {"page_size": 48},
+        {"page_size": 32, "strided": True, "heads": 20},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_ways_to_call(way, form, changes):
+    judge(made(form, **changes), way)
+    if "q_lens" not in changes:
+        judge(made(form, kv_lens=[(37 * i) % 400 for i in range(200)], **changes), way)
+
+
+@pytest.mark.parametrize("form", ["fp8 fused", "groups"])
+def test_misaligned_rows(form):
+    judge(made(form, strided=3), WAYS[0])
+
+
+@pytest.mark.parametrize("logits", ["large", "equal_keys", "dominant_key"])
+@pytest.mark.parametrize("form", SCALED)
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_hostile_logits(way, form, logits):
+    judge(made(form, logits=logits), way)
+
+
+@pytest.mark.parametrize("form", SCALED)
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_scales_and_slots(way, form):
+    """Scales of any size; NaN wherever no key of the request is."""
+    for exponent in (-110, 119, 120, 122):
+        judge(all_scales(made(form), exponent), way)
+    inputs = made(form)
+    expected = judge(inputs, way)
+    if expected is None:
+        return
+    everything = range(len(SKEWED))
+    for kept in (everything, everything[:1], everything[-1:]):
+        state = run(spoilt(inputs, ~owned_slots(inputs, kept)), way)
+        assert torch.equal(state.out[list(kept)], expected.out[list(kept)])
+        assert torch.equal(state.lse[list(kept)], expected.lse[list(kept)])
+    assert state.out[0].isnan().all(), "its keys were spoilt"
+
+
+@pytest.mark.parametrize("form", SCALED)
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_queries_that_are_not_finite(way, form):
+    inputs = made(form, heads=33)
+    if is_refused(inputs, way):
+        return
+    expected = run(inputs, way)
+    others = torch.ones(expected.lse.shape, dtype=torch.bool, device="cuda")
+    inputs.q_nope[0, 0, 2, 7] = float("inf")
+    inputs.q_rope[7, 0, 32, 9] = float("nan")
+    others[0, 0, 2] = others[7, 0, 32] = False
+    state = run(inputs, way)
+    assert torch.equal(state.out[others], expected.out[others])
+    assert torch.equal(state.lse[others], expected.lse[others])
+    assert state.out[~others].isnan().all()
+
+
+def plan_of(inputs: DecodeInputs, impl: str | None) -> mla_triton.Plan:
+    """Made without a word about the cache."""
+    q_nope = inputs.q_nope
+    return mla_triton.plan(
+        inputs.kv_lens,
+        heads=q_nope.shape[-2],
+        latent=q_nope.shape[-1],
+        rope=inputs.q_rope.shape[-1],
+        value_dim=inputs.value_dim,
+        dtype=q_nope.dtype,
+        s_q=q_nope.shape[1],
+        impl=impl,
+    )
+
+
+@pytest.mark.parametrize("heads", [16, 33, 128])
+@pytest.mark.parametrize("form", ["fp8 fused", "656", "584"])
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_plan_that_knows_no_cache_is_followed(way, form, heads):
+    inputs = made(form, heads=heads)
+    if is_refused(inputs, way):
+        return
+    planners = [None, "portable"]
+    if devices.current().capability == (9, 0) and form != "584":
+        planners.append("sm90")
+    for planner in planners:
+        plan = plan_of(inputs, planner)
+        judge(inputs, way, plan=plan)
+        # Without a word about the implementation, too.
+        arguments, options = inputs.call_arguments()
+        assert_within_budget(mla_triton.decode(*arguments, **options, plan=plan), inputs)
+
+
+@pytest.mark.parametrize("planned", [True, False])
+@pytest.mark.parametrize("form", ["fp8 fused", "656", "584"])
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_graph_with_new_lengths(way, form, planned):
+    inputs = made(form)
+    if is_refused(inputs, way):
+        return
+    buffers = inputs.output_buffers()
+
+    def step() -> None:
+        run(inputs, way, plan=plan_of(inputs, None) if planned else None, **buffers)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for kv_lens in (SKEWED, (1, 0, 0, 63, 60, 1, 700, 2000), (4999, 0, 1, 2, 3, 4, 5, 6), [0] * 8):
+        inputs.kv_lens.copy_(torch.tensor(kv_lens, dtype=torch.int32))
+        for tensor in buffers.values():
+            tensor.fill_(float("nan"))
+        graph.replay()
+        assert_within_budget(mla_triton.AttentionState(**buffers), inputs)
