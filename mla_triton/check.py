@@ -17,6 +17,7 @@ import torch
 import mla_triton
 from mla_triton import configs, select, validate, validate_merge, validate_prefill
 from mla_triton import device as devices
+from mla_triton.cache import LatentCache
 from mla_triton.device import Device
 from mla_triton.testing import (
     MODELS,
@@ -67,6 +68,7 @@ class Case:
         said = ["ragged"] if "q_lens" in options else [f"s_q {s_q}"] if s_q > 1 else []
         said += ["csr"] if options.get("table") == "csr" else []
         said += [f"page {options['page_size']}"] if "page_size" in options else []
+        said += [options["stored"]] if "stored" in options else []
         return ", ".join(said) or "s_q 1"
 
     def inputs(self, kv_lens: Sequence[int], device: torch.device) -> DecodeInputs:
@@ -225,6 +227,8 @@ def _gpu_cases() -> list[Case]:
         Case("DeepSeek-V3", torch.bfloat16, 8, options=ragged),
         Case("DeepSeek-V3", torch.bfloat16, 8, options=(("table", "csr"), ("page_size", 16))),
         Case("DeepSeek-V3", torch.bfloat16, 8, options=(("page_size", 1),)),
+        Case("DeepSeek-V3", torch.bfloat16, 8, options=(("stored", "fp8"),)),
+        Case("DeepSeek-V3", torch.bfloat16, 8, options=(("stored", "fp8_ds_mla"),)),
         Case("DeepSeek-V2-Lite", torch.float32),
     ]
 
@@ -244,6 +248,8 @@ def _interpreter_cases() -> list[Case]:
         case("MiniCPM3-4B", torch.float16, 40),
         case("MiniCPM3-4B", torch.float32, 10, page_size=48),
         case("Mistral-Small-4", torch.bfloat16, 32),
+        case("DeepSeek-V3", torch.float16, 8, stored="fp8"),
+        case("DeepSeek-V3", torch.bfloat16, 8, stored="fp8_ds_mla"),
         case("DeepSeek-V4-Flash", torch.bfloat16, 8),
         case("DeepSeek-V4-Flash", torch.float32, 8, s_q=2),
     ]
@@ -406,7 +412,9 @@ def _chosen(
 def _bytes(inputs: DecodeInputs, out: torch.Tensor) -> int:
     """Every key once, the queries and the result."""
     query = [inputs.q_nope, *([] if inputs.q_rope is None else [inputs.q_rope])]
-    key_bytes = sum(q.shape[-1] for q in query) * out.element_size()
+    parts = _parts(inputs.cache)
+    # Scales that are two for all tokens count as nothing.
+    key_bytes = sum(part.shape[-1] * part.itemsize for part in parts if part.dim() == 3)
     keys = int(inputs.kv_lens.clamp_min(0).sum())
     return keys * key_bytes + sum(tensor.nbytes for tensor in (*query, out))
 
@@ -434,12 +442,39 @@ def _microseconds(inputs: DecodeInputs, implementation: str, moved: int) -> floa
         impl=implementation,
     )
     options["impl"] = implementation
-    copies = [cache.clone() for _ in range(timing.cold_copies(moved))]
+    copies = [_copied(cache) for _ in range(timing.cold_copies(moved))]
 
-    def call_on(copy: torch.Tensor) -> Any:
+    def call_on(copy: torch.Tensor | LatentCache) -> Any:
         return lambda: mla_triton.decode(q_nope, q_rope, copy, *rest, plan=plan, **options)
 
     return timing.microseconds([call_on(copy) for copy in copies])
+
+
+def _parts(cache: torch.Tensor | LatentCache) -> list[torch.Tensor]:
+    """The tensors of a cache."""
+    whole = LatentCache(cache) if isinstance(cache, torch.Tensor) else cache
+    return [part for part in whole if part is not None]
+
+
+def _copied(cache: torch.Tensor | LatentCache) -> torch.Tensor | LatentCache:
+    """The same in memory of its own, its parts as they lie in a page."""
+    if isinstance(cache, torch.Tensor):
+        return cache.clone()
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def copy(part: torch.Tensor | None) -> torch.Tensor | None:
+        if part is None:
+            return None
+        whole = part.untyped_storage()
+        if whole.data_ptr() not in kept:
+            kept[whole.data_ptr()] = whole.clone()
+        empty = torch.empty(0, dtype=part.dtype, device=part.device)
+        place = (part.storage_offset(), part.shape, part.stride())
+        return empty.set_(kept[whole.data_ptr()], *place)
+
+    ckv, kpe, scales = map(copy, cache)
+    assert ckv is not None
+    return LatentCache(ckv, kpe, scales)
 
 
 def table(rows: Iterable[Row], timed: bool) -> Iterator[str]:

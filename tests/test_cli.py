@@ -12,6 +12,7 @@ import mla_triton
 from mla_triton import check, cli, timing
 from mla_triton import device as devices
 from mla_triton.configs import cache_directory
+from mla_triton.testing import decode_inputs
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -135,6 +136,26 @@ def test_explain_every_option(capsys):
         "kv_len": 100,
     }
     assert {name: problem[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("fp8", "e4m3, one scale for all latents and one for all rotary keys (fp8)"),
+        (
+            "fp8_ds_mla",
+            "e4m3, a float32 scale for every 128 columns, bfloat16 rotary keys apart "
+            "(fp8-128-float32)",
+        ),
+    ],
+)
+def test_explain_a_quantised_cache(capsys, name, line):
+    options = ["explain", "--capability", "8.9", "--heads", "16", "--cache-format", name]
+    assert cli.main(options) == 0
+    assert f"cache     {line}" in capsys.readouterr().out.splitlines()
+    storage = answer(capsys, *options)["problem"]["storage"]
+    assert storage["name"] in line
+    assert storage["scale"] == "float32"
 
 
 def test_explain_lengths_of_zero_and_one(capsys):
@@ -272,9 +293,11 @@ def test_what_is_right_is_timed(monkeypatch, device):
 
     monkeypatch.setattr(timing, "microseconds", timed)
     cases = [case for case in check.cases(False) if case.call != "s_q 1"][:3]
+    packed = (("stored", "fp8_ds_mla"),)
+    cases.append(check.Case("DeepSeek-V3", torch.bfloat16, heads=4, options=packed))
     cases.append(check.Case("DeepSeek-V4-Flash", torch.float16, heads=4))
     rows = list(check.run(cases, check.SHORT, device, bandwidth=1e12))
-    assert len(decoded) == len(rows) == 4
+    assert len(decoded) == len(rows) == 5
     for row in rows:
         assert row.ok, row.message
         assert row.us == 10.0
@@ -283,9 +306,22 @@ def test_what_is_right_is_timed(monkeypatch, device):
     keys = sum(check.SHORT) * 512 * 2
     rows_of_4 = len(check.SHORT) * 4 * (512 + 512) * 2
     assert rows[-1].gbps == pytest.approx((keys + rows_of_4) / 10 / 1e3)
+    # The scales of a token take 16 bytes.
+    moved = sum(check.SHORT) * 656 + len(check.SHORT) * 4 * (576 + 512) * 2
+    assert rows[-2].gbps == pytest.approx(moved / 10 / 1e3)
     lines = list(check.table(rows, timed=True))
     assert lines[0].split()[-3:] == ["us", "GB/s", "%"]
     assert all(len(line) <= 150 for line in lines)
+
+
+def test_a_packed_cache_is_copied_as_it_lies():
+    cache = decode_inputs(kv_lens=[20], stored="fp8_ds_mla").cache
+    copy = check._copied(cache)
+    assert len({part.untyped_storage().data_ptr() for part in copy}) == 1
+    for part, other in zip(cache, copy, strict=True):
+        assert other.untyped_storage().data_ptr() != part.untyped_storage().data_ptr()
+        assert (other.stride(), other.dtype) == (part.stride(), part.dtype)
+        assert torch.equal(other.float().nan_to_num(), part.float().nan_to_num())
 
 
 def test_check_prefills(monkeypatch, device):
@@ -403,6 +439,7 @@ def test_check_covers_the_models():
         assert any("ragged" in c.call for c in cases)
         assert any("csr" in c.call for c in cases)
         assert any("s_q 2" in c.call for c in cases)
+        assert {"fp8", "fp8_ds_mla"} <= {c.call for c in cases}
         widths = {c.shape.split()[-1] for c in cases}
         assert widths == {"512+64", "256+32", "256+64", "448+64"}
     assert {c.rank_heads for c in on_gpu} >= {5, 8, 16, 20, 32, 40, 64, 128}

@@ -483,7 +483,13 @@ def keyed(**changes: Any) -> Any:
         (keyed(heads="16"), "key.heads must be int, got '16'"),
         (keyed(s_q=True), "key.s_q must be int, got True"),
         (keyed(dtype="float32"), "key.dtype must be one of bfloat16, float16, got 'float32'"),
-        (keyed(format="fp8"), "key.format must be '16bit', got 'fp8'"),
+        (
+            keyed(format="8bit"),
+            "key.format must be 16bit, fp8 or fp8-<columns that share a s",
+        ),
+        (keyed(format="fp8-100-float32"), "key.format must be 16bit, fp8 or fp8-<columns that "),
+        (keyed(format="fp8-0-e8m0"), "key.format must be 16bit, fp8 or fp8-<columns that share a "),
+        (keyed(format="fp8-128-int8"), "key.format must be 16bit, fp8 or fp8-<columns that share "),
         (keyed(heads=20), "key.heads must be 32, got 20"),
         (keyed(heads=0), "key.heads must be 1, got 0"),
         (keyed(s_q=8), "key.s_q must be 4, got 8"),
@@ -527,6 +533,20 @@ def test_what_a_tuner_would_write_breaks_no_rule(label):
                 values = tables.config(config.block_n, config.num_warps, config.num_stages)
                 found = validation.broken_rule(row(batch, values=values, key=key), device)
                 assert found is None, (heads, s_q, batch, found)
+
+
+@pytest.mark.parametrize("label", ["8.0", "8.9", "9.0", "gfx942"])
+def test_rows_of_quantised_caches_break_no_rule(label):
+    device = devices.from_label(label)
+    for heads in (5, 16, 40, 128):
+        for form, problem in compilation.quantised_problems(heads=heads).items():
+            key, batch, _ = portable.tuning_point(problem, device)
+            config = portable.heuristic(problem, device)
+            values = tables.config(config.block_n, config.num_warps, config.num_stages)
+            found = validation.broken_rule(row(batch, values=values, key=key), device)
+            assert found is None, (form, heads, found)
+            wrong = row(batch, values=tables.config(256, 8, 6), key=key)
+            assert "needs " in validation.broken_rule(wrong, device)
 
 
 # -- the group

@@ -89,6 +89,17 @@ def test_a_dry_run_as_json(capsys):
         )
 
 
+def test_caches_of_a_format(capsys):
+    """Each has points of its own, named by how keys are stored."""
+    formats = ["--cache-format", "16bit", "fp8", "fp8_ds_mla"]
+    found = facts(capsys, "tune", "--dry-run", "--capability", "8.9", *SMALL, *formats)["work"]
+    assert len(found) == 3 * 4
+    points = [point["point"] for point in found]
+    for over in (" over fp8 ", " over fp8-128-float32 ", " bfloat16 heads "):
+        assert sum(over in point for point in points) == 4
+    assert all(len(point["candidates"]) > 1 for point in found)
+
+
 def test_a_grid_of_ones_own(capsys):
     found = facts(capsys, *DRY, *SMALL, "--batches", "3", "--lengths", "1000", "5000")
     ends = [point["point"].split(" batch ")[1] for point in found["work"]]

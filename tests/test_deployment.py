@@ -15,8 +15,11 @@ import pytest
 import torch
 
 from mla_triton import validate
+from mla_triton.cache import FP8_DS_MLA
+from mla_triton.cache.formats import PACKED_FORMATS
 from mla_triton.models import MODELS
 from mla_triton.problem import DecodeProblem
+from mla_triton.testing import decode_inputs
 from mla_triton.tuning.deployment import (
     LAYOUTS,
     QUERIES,
@@ -139,6 +142,26 @@ AT_LEAST_1 = "must be a whole number of at least 1, got"
         ({"table": ["dense", "tree"]}, "table must be one of dense, csr, got 'tree'"),
         ({"queries": ""}, "queries must be one of split, joined, head_major, got ''"),
         ({"queries": []}, "queries must be one value or several, got none"),
+        (
+            {"cache_format": "int8"},
+            "cache_format must be one of 16bit, fp8, fp8_ds_mla, fp8_v4, fp8_v41, got 'int8'",
+        ),
+        (
+            {"cache_format": ["fp8", "fp8_v4"]},
+            "cache_format must be one for keys of 512 + 64 with values of 512, got fp8_v4",
+        ),
+        (
+            {"cache_format": "fp8_ds_mla", "model": "DeepSeek-V4-Flash"},
+            "cache_format must be one for keys of 448 + 64 with values of 512, got fp8_ds_mla",
+        ),
+        (
+            {"cache_format": "fp8", "dtype": ["bfloat16", "float32"]},
+            "cache_format must be 16bit for float32, got fp8",
+        ),
+        (
+            {"cache_format": "fp8_ds_mla", "dtype": "float16"},
+            "cache_format fp8_ds_mla has bfloat16 rotary keys: dtype must be bfloat16, got float16",
+        ),
     ],
     ids=str,
 )
@@ -217,10 +240,12 @@ def call(
     heads: int = HEADS,
     rope: int = ROPE,
     dtype: torch.dtype = torch.float16,
+    kind: torch.dtype | None = None,
     causal: bool = True,
     sliced: bool = False,
 ) -> DecodeProblem:
-    """What a decode of real tensors is to the package; `length` is `max_kv_len`."""
+    """What a decode of real tensors is to the package; `length` is `max_kv_len`, `kind` the dtype
+    of a quantised cache."""
     q_nope, q_rope = queries_of(how, batch * s_q, heads, rope, dtype, sliced)
     if not ragged:
         q_nope = q_nope.unflatten(0, (batch, s_q))
@@ -232,8 +257,9 @@ def call(
     return validate.decode(
         q_nope,
         q_rope,
-        torch.zeros(pages + 3, page_size, LATENT + rope if fused else LATENT, dtype=dtype),
-        None if fused or not rope else torch.zeros(pages + 3, page_size, rope, dtype=dtype),
+        torch.zeros(pages + 3, page_size, LATENT + rope if fused else LATENT, dtype=kind or dtype),
+        None if fused or not rope else torch.zeros(pages + 3, page_size, rope, dtype=kind or dtype),
+        None if kind is None else torch.ones(2),
         torch.zeros(batch, pages, **int32) if table == "dense" else torch.zeros(pages, **int32),
         None if table == "dense" else torch.zeros(batch + 1, **int32),
         torch.zeros(batch, **int32),
@@ -270,6 +296,42 @@ def test_a_real_call_is_one_of_the_forms(how, ragged, heads):
             )  # fmt: skip
             assert real in forms
             assert real.max_kv_len == 33
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_call_over_e4m3_with_one_scale_is_one_of_the_forms(layout):
+    deployment = small(queries=("split",), cache_formats=("16bit", "fp8"))
+    for batch, table, page_size in product((1, 5), TABLES, (1, 16)):
+        real = call(
+            "split", batch=batch, s_q=2, layout=layout, table=table, page_size=page_size,
+            length=33, kind=torch.float8_e4m3fn,
+        )  # fmt: skip
+        assert real in sized_forms(deployment, batch, 33)
+        assert real.storage is not None
+
+
+@pytest.mark.parametrize("form", PACKED_FORMATS, ids=lambda form: form.name)
+def test_a_call_over_a_packed_cache_is_one_of_the_forms(form):
+    inside = form is not FP8_DS_MLA
+    model = "DeepSeek-V4-Flash" if inside else "DeepSeek-V3"
+    deployment = describe(
+        model=model, heads=HEADS, max_len=40, page_size=[1, 16], queries="split",
+        cache_format=form.name, layout=LAYOUTS if not inside else "fused",
+    )  # fmt: skip
+    found = list(deployment.forms(2))
+    assert len(found) == 2 * len(list(deployment._rope_widths("split"))), "one layout"
+    for page_size in (1, 16):
+        inputs = decode_inputs(
+            kv_lens=[33, 9], heads=HEADS, page_size=page_size, stored=form.name,
+            latent=deployment.latent, value_dim=deployment.value_dim,
+        )  # fmt: skip
+        state = inputs.output_buffers()
+        real = validate.decode(
+            inputs.q_nope, inputs.q_rope, *inputs.cache, inputs.page_table, None, inputs.kv_lens,
+            None, state["out"], state["lse"], softmax_scale=1.0, causal=True,
+            value_dim=deployment.value_dim, max_kv_len=None, allow_tf32=False,
+        )  # fmt: skip
+        assert real in found
 
 
 @pytest.mark.parametrize("ragged", [False, True])

@@ -30,7 +30,8 @@ def row_steps(
         q_nope, q_rope = (q.unflatten(0, (batch, s_q)) for q in (q_nope, q_rope))
         lead = (batch, s_q)
     problem = validate.decode(
-        q_nope, q_rope, torch.empty(1, 1, LATENT + ROPE, device="meta"), None, lens[:, None], None,
+        q_nope, q_rope, torch.empty(1, 1, LATENT + ROPE, device="meta"), None, None,
+        lens[:, None], None,
         lens, torch.empty(batch + 1, dtype=torch.int32, device="meta") if ragged else None,
         torch.empty(*lead, heads, LATENT, device="meta"),
         torch.empty(*lead, heads, device="meta"),

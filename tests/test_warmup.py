@@ -330,14 +330,19 @@ def descriptions(draw: st.DrawFn) -> dict[str, Any]:
     """Deployments of few forms each, so that all their batches are soon looked up."""
     latent, rope = draw(st.sampled_from([(512, 64), (256, 32), (512, 0), (256, 64)]))
     s_q = draw(st.integers(1, 4))
+    dtype = draw(st.sampled_from(["bfloat16", "float16", "float32"]))
+    formats = ["16bit"] if dtype == "float32" else ["16bit", "fp8"]
+    if (latent, rope, dtype) == (512, 64, "bfloat16"):
+        formats.append("fp8_ds_mla")
     return {
+        "cache_format": draw(st.sampled_from(formats)),
         "heads": draw(st.sampled_from([1, 2, 5, 16, 17, 40, 128])),
         "latent": latent,
         "rope": rope,
         "max_batch": draw(st.sampled_from([1, 2, 3, 33, 70])),
         "max_len": draw(st.integers(1, 5000)),
         "s_q": s_q if draw(st.booleans()) else [1, s_q],
-        "dtype": draw(st.sampled_from(["bfloat16", "float16", "float32"])),
+        "dtype": dtype,
         "page_size": draw(st.sampled_from([1, 16, 48, 64])),
         "layout": draw(st.sampled_from(LAYOUTS)),
         "table": draw(st.sampled_from(TABLES)),

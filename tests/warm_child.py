@@ -20,6 +20,7 @@ import triton
 
 from mla_triton import configs, select, validate, validate_merge, validate_prefill
 from mla_triton import device as devices
+from mla_triton.cache import FP8_DS_MLA, LatentCache
 from mla_triton.device import Device
 from mla_triton.kernels.common.launch import Variant
 from mla_triton.ops import decode as operation
@@ -82,11 +83,19 @@ def call(deployment: Deployment, draw: random.Random) -> DecodeProblem:
     else:
         page_table, indptr = made(draw.choice([pages, pages * batch])), made(batch + 1)
     fused = layout == "fused" or rope == 0
+    stored = draw.choice(deployment.cache_formats)
+    kind = dtype if stored == "16bit" else torch.float8_e4m3fn
+    cache = LatentCache(
+        made(9, page_size, latent + rope if fused else latent, dtype=kind),
+        None if fused else made(9, page_size, rope, dtype=kind),
+        None if stored == "16bit" else made(2, dtype=torch.float32),
+    )
+    if stored == "fp8_ds_mla":
+        cache = FP8_DS_MLA.views(made(9, 656 * page_size, dtype=torch.uint8), page_size)
     return validate.decode(
         q_nope,
         q_rope,
-        made(9, page_size, latent + rope if fused else latent, dtype=dtype),
-        None if fused else made(9, page_size, rope, dtype=dtype),
+        *cache,
         page_table,
         indptr,
         made(batch),

@@ -115,11 +115,12 @@ class Deployment:
         return [1 << n for n in range(longest.bit_length())]
 
     def _caches(self, dtype: torch.dtype, page_size: int) -> Iterator[LatentCache]:
-        """A page of each cache that there may be, on no memory. A packed format is its layout."""
+        """Pages of each cache that there may be, on no memory. A packed format is its layout, and
+        how far its pages are apart shows in two of them."""
         slots, width = (1, page_size), self.latent + self.rope
         for name in self.cache_formats:
             if name in named.PACKED:
-                pages = _made(1, named.page_bytes(name, page_size, width), kind=torch.uint8)
+                pages = _made(2, named.page_bytes(name, page_size, width), kind=torch.uint8)
                 yield named.parts(name, pages, page_size)
                 continue
             kind = dtype if name == "16bit" else E4M3

@@ -49,6 +49,21 @@ def decode_and_judge(heads: int) -> None:
         assert_within_budget(mla_triton.decode(*arguments, **options), inputs)
 
 
+@pytest.mark.parametrize("cache_format", ["fp8", "fp8_ds_mla"])
+def test_a_quantised_cache_is_tuned(own_cache, cache_format):
+    """On caches that are made for it; the row is found by a call."""
+    tuned = mla_triton.tune(**POINT, heads=16, cache_format=cache_format, quiet=True)
+    (outcome,) = tuned.outcomes
+    assert outcome.message == ""
+    assert outcome.refused == ()
+    assert outcome.row.us > 0
+    choice = configs.choose(outcome.work.implementation, outcome.work.problem, devices.current())
+    assert choice.row == outcome.row
+    inputs = decode_inputs(kv_lens=[300], heads=16, stored=cache_format, device="cuda")
+    arguments, options = inputs.call_arguments()
+    assert_within_budget(mla_triton.decode(*arguments, **options), inputs)
+
+
 @pytest.mark.parametrize("heads", [16, 128])
 def test_a_tuned_row_is_found_and_right(own_cache, capsys, heads):
     """On a Hopper card, where 128 heads have a kernel of their own, its two forms are timed."""

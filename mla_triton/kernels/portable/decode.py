@@ -418,7 +418,7 @@ def argument_types(problem: DecodeProblem, device: Device) -> dict[str, str]:
     storage = problem.storage
     types["scales"] = "*u8" if storage is not None and storage.scale == torch.uint8 else "*fp32"
     if storage is not None:
-        numbers = "*fp8e4nv" if decoding(device) == NATIVE else "*u8"
+        numbers = "*fp8e4nv" if decoding(device) == NATIVE.value else "*u8"
         types["ckv"] = numbers
         if not storage.group:
             types["kpe"] = numbers
@@ -446,8 +446,8 @@ def kpe_unit(problem: DecodeProblem) -> int:
 def decoding(device: Device) -> str:
     """How e4m3 becomes float16 on a card."""
     if device.has_fp8:
-        return NATIVE
-    return BYTES if device.backend == "interpreter" else WORDS
+        return NATIVE.value
+    return BYTES.value if device.backend == "interpreter" else WORDS.value
 
 
 def arguments(problem: DecodeProblem, geometry: Geometry, tensors: DecodeTensors) -> list[Any]:
