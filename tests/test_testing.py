@@ -56,7 +56,7 @@ def used_pages(inputs: DecodeInputs) -> list[list[int]]:
 
 def tensors_of(inputs: DecodeInputs) -> dict[str, torch.Tensor]:
     pair = isinstance(inputs.cache, LatentCache)
-    caches = dict(zip(("ckv", "kpe"), inputs.cache, strict=True)) if pair else {"c": inputs.cache}
+    caches = inputs.cache._asdict() if pair else {"c": inputs.cache}
     both = {"q_nope": inputs.q_nope, "q_rope": inputs.q_rope, **caches, **inputs.output_buffers()}
     return {name: tensor for name, tensor in both.items() if tensor is not None}
 
