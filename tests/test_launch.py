@@ -73,6 +73,7 @@ def decode_launch() -> tuple[Launcher, list]:
         q_rope=q[..., 512:],
         ckv=torch.empty(2, 64, 576, dtype=torch.bfloat16),
         kpe=None,
+        scales=None,
         pages=torch.zeros(64, 7, dtype=torch.int32),
         indptr=None,
         kv_lens=torch.zeros(64, dtype=torch.int32),
