@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given, settings
-from quantised import (
+from quantised_forms import (
     FORMS,
     FORMS_BY_DTYPE,
     SCALED,

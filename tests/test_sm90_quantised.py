@@ -74,9 +74,14 @@ def test_little_spills(compiled):
         assert answer.spilled <= SPILLED.get(rows, FEW_BYTES), name
 
 
+def ptx_of(name: str) -> str:
+    return variant(PROBLEMS[name]).compile(CARD).asm["ptx"]
+
+
 @pytest.fixture(scope="module")
 def ptx() -> str:
-    return variant(PROBLEMS["16 rows"]).compile(CARD).asm["ptx"]
+    [text] = compilation.side_by_side(ptx_of, ["16 rows"])
+    return text
 
 
 def test_bytes_become_operands_in_registers(ptx):

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quantised import FORMS, FORMS_BY_DTYPE, SCALED, all_scales, inputs_of, owned_slots, spoilt
-from quantised import wrong_bytes as wrong_bytes_by
+from quantised_forms import FORMS, FORMS_BY_DTYPE, SCALED, all_scales, inputs_of, owned_slots, spoilt
+from quantised_forms import wrong_bytes as wrong_bytes_by
 from ways import Way, is_refused, run
 
 import mla_triton

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quantised import FORMS
+from quantised_forms import FORMS
 
 import mla_triton
 from mla_triton import device as devices
