@@ -25,6 +25,7 @@ from mla_triton.testing.problems import UNUSED_PAGE, int32
 
 LONGEST = 3000 if COMPILED else 70
 """Keys of a request."""
+MOST_PARTS = 300 if COMPILED else 9
 SHAPES: tuple[Shape, ...] = (
     {"heads": 16, "latent": 512, "rope": 64, "page_size": 64, "dtype": torch.bfloat16},
     {"heads": 20, "latent": 512, "rope": 64, "page_size": 32, "dtype": torch.float16},
@@ -160,7 +161,9 @@ def paged(cache: torch.Tensor | LatentCache) -> list[torch.Tensor]:
     return [tensor for tensor in tensors if tensor is not None and tensor.ndim == 3]
 
 
-def mapped(cache: torch.Tensor | LatentCache, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def mapped(
+    cache: torch.Tensor | LatentCache, change: Callable[[torch.Tensor], torch.Tensor]
+) -> Any:
     """The cache with `change` of everything in it that is laid out in pages."""
     if isinstance(cache, torch.Tensor):
         return change(cache)
@@ -317,7 +320,11 @@ def emptied(inputs: DecodeInputs, request: int) -> DecodeInputs:
 
 def joined_by_empty(inputs: DecodeInputs, places: Sequence[int]) -> DecodeInputs:
     """Requests without keys in between, at these places one after another."""
-    pages, lengths, rows = pages_of(inputs), inputs.kv_lens.tolist(), list(range(len(pages_of(inputs))))
+    pages, lengths, rows = (
+        pages_of(inputs),
+        inputs.kv_lens.tolist(),
+        list(range(len(pages_of(inputs)))),
+    )
     for place in places:
         pages.insert(place, inputs.kv_lens[:0])
         lengths.insert(place, 0)

@@ -14,6 +14,8 @@ import torch
 from hypothesis import note, settings
 from ways import Way, forced
 
+import mla_triton
+from mla_triton import AttentionState
 from mla_triton import device as devices
 from mla_triton.testing.foreign_code import code_of
 
@@ -62,11 +64,6 @@ def executions(*hopper: Way) -> list[Execution]:
     return found
 
 
-def kernels(of: list[Execution]) -> list[Execution]:
-    """Those that have a schedule."""
-    return [execution for execution in of if execution.impl != "reference"]
-
-
 def examples() -> settings:
     """As many as the profile says, or a share of them where they are slow."""
     count = settings.default.max_examples
@@ -76,3 +73,19 @@ def examples() -> settings:
 def reproduction(inputs: Any, change: str, execution: Execution) -> None:
     """A failing example prints this line: what was computed, over what, by what."""
     note(f"inputs = {inputs!r}; {change}; by {execution}")
+
+
+def merge(states: Any, execution: Execution, **options: Any) -> AttentionState:
+    """By the reference where it is the reference's states, else by the kernel there is."""
+    impl = "reference" if execution.impl == "reference" else "portable"
+    return mla_triton.merge(states, impl=impl, **options)
+
+
+def picking(heads: int, rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
+    """float64 `[heads, rows, columns]`: each row has a single 1 or -1, each in its own column."""
+    made = torch.zeros(heads, rows, columns, dtype=torch.float64)
+    for head in made:
+        chosen = torch.randperm(columns, generator=generator)[:rows]
+        signs = torch.randint(2, (rows,), generator=generator) * 2.0 - 1
+        head[torch.arange(rows), chosen] = signs.double()
+    return made.to(DEVICE)
