@@ -2,11 +2,10 @@
 
 Bit for bit: an empty state changes nothing, wherever it stands and whatever it holds (its weight is
 0, and 0 is added); rows do not know of each other, so that some rows, rows in another order and NaN
-in another row are of no matter; values scaled by a power of two; a shift of all lse by a power of
-two that rounds none of them changes no out.
+in another row are of no matter; values scaled by a power of two.
 
 Within the budgets: the order of states, merges of merges, and the parts of a decode, because sums
-are made in another order. That any partition of keys is the whole is shown of the reference in
+are made in another order; a shift of all lse, because float32 rounds it. That any partition of keys is the whole is shown of the reference in
 float64, to its own roundings.
 """
 

@@ -2,8 +2,8 @@
 
 A program computes a tile of the queries of one sequence and one head, over all of its keys, by a
 config that depends on sizes alone: how many queries a sequence has on average, how many heads. So,
-bit for bit, where these stay as they are: order of the sequences, another sequence's keys, NaN in
-another sequence's values, values scaled by a power of two.
+bit for bit, where these stay as they are: order of the sequences and of the heads, another
+sequence's keys, NaN in another sequence's values, values scaled by a power of two.
 
 Within the budget of the one problem or, of merges, of all parts together: some of the heads,
 queries in chunks, keys in parts, truncated keys, sequences without rows in between, and what is
@@ -104,6 +104,19 @@ def test_values_may_be_scaled(execution, data):
     normal = plain.out.abs() >= torch.finfo(inputs.dtype).tiny
     assert torch.equal((plain.out * 2**exponent)[normal], larger.out[normal])
     assert torch.equal(plain.lse, larger.lse)
+
+
+@examples()
+@given(st.data())
+def test_heads_may_stand_in_any_order(execution, data):
+    """Some of them twice, others not at all: as many as before, so that the config is the same."""
+    inputs = data.draw(problems(execution, where=lambda shape: "kv_heads" not in shape))
+    count = inputs.q.shape[1]
+    heads = data.draw(st.lists(st.integers(0, count - 1), min_size=count, max_size=count))
+    reproduction(inputs, f"of_heads(inputs, {heads})", execution)
+    got, expected = run(prefills.of_heads(inputs, heads), execution), run(inputs, execution)
+    truth = AttentionState(expected.out[:, heads], expected.lse[:, heads])
+    bounds.assert_same_bits(got, truth)
 
 
 # -- within the budget
