@@ -33,7 +33,14 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.register_profile(
     "dev",
-    max_examples=50,
+    max_examples=30,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.register_profile(
+    "deep",
+    max_examples=2000,
     deadline=None,
     print_blob=True,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],

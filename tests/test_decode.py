@@ -14,9 +14,6 @@ import mla_triton
 from mla_triton import testing
 from mla_triton.kernels.common.paged import slot_offset
 from mla_triton.kernels.common.tiles import narrow
-from mla_triton.kernels.portable import decode as portable
-from mla_triton.kernels.portable.decode_config import Config
-from mla_triton.ops import decode as operation
 from mla_triton.testing.problems import DecodeInputs, decode_inputs, untouched_padding
 from mla_triton.testing.strategies import decode_problems
 
@@ -111,15 +108,6 @@ def test_a_row_that_sees_no_key_is_zero_with_lse_minus_infinity():
     assert state.lse[1, 2:].isfinite().all()
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3, 7, 40])
-def test_any_number_of_parts(parts):
-    inputs = decode_inputs(kv_lens=[500, 0, 77, 1200], heads=5, latent=128, rope=32, s_q=2)
-    plan = mla_triton.plan(
-        inputs.kv_lens, heads=5, latent=128, rope=32, dtype=torch.bfloat16, s_q=2, parts=parts
-    )
-    check(inputs, plan=plan)
-
-
 @pytest.mark.parametrize(
     ("keys", "parts", "splits"),
     [(60, 48, 2), (200, 48, 7), (400, 48, 13), (1000, 48, 32), (2560, 60, 40), (28_800, 200, 150)],
@@ -134,63 +122,6 @@ def test_a_group_of_any_number_of_pieces(keys, parts, splits):
     groups = plan.schedule[2 + 2 * (parts + 1) :].view(-1, 4)
     assert groups[3, 2] == splits
     check(inputs, plan=plan)
-
-
-@pytest.mark.parametrize("block_n", [16, 32, 64, 128])
-@pytest.mark.parametrize("page_size", [64, 16])
-def test_any_block_size_gives_the_answer(monkeypatch, block_n, page_size):
-    """Parts begin at multiples of 32 keys: larger blocks must hide the keys before their part."""
-    config = Config(block_n, 4, 1)
-    monkeypatch.setattr(portable, "choose", lambda problem, device, rows: (config, "a test's"))
-    operation.prepare.cache_clear()
-    inputs = decode_inputs(
-        kv_lens=[330, 97, 40], heads=3, latent=128, rope=32, page_size=page_size, s_q=2
-    )
-    plan = mla_triton.plan(
-        inputs.kv_lens, heads=3, latent=128, rope=32, dtype=torch.bfloat16, s_q=2, parts=9
-    )
-    try:
-        check(inputs, plan=plan)
-    finally:
-        operation.prepare.cache_clear()
-
-
-def test_run_to_run_bitwise_equality():
-    inputs = decode_inputs(kv_lens=[300, 0, 129], heads=5, latent=128, rope=32, s_q=2)
-    assert equal(run(inputs), run(inputs))
-
-
-def test_order_of_the_batch_does_not_matter():
-    inputs = decode_inputs(kv_lens=[300, 0, 129, 64], heads=5, latent=128, rope=32)
-    order = torch.tensor([2, 0, 3, 1])
-    shuffled = replace(
-        inputs,
-        q_nope=inputs.q_nope[order],
-        q_rope=inputs.q_rope[order],
-        page_table=inputs.page_table[order],
-        kv_lens=inputs.kv_lens[order],
-    )
-    testing.assert_within_budget(run(shuffled), shuffled)
-    plans = [
-        mla_triton.plan(x.kv_lens, heads=5, latent=128, rope=32, parts=1)
-        for x in (inputs, shuffled)
-    ]
-    plain, moved = run(inputs, plan=plans[0]), run(shuffled, plan=plans[1])
-    assert torch.equal(plain.out[order], moved.out)
-    assert torch.equal(plain.lse[order], moved.lse)
-
-
-def test_order_of_the_pages_does_not_matter():
-    inputs = decode_inputs(kv_lens=[300, 129], heads=5, latent=128, rope=32, page_size=16)
-    pages = inputs.cache.shape[0]
-    order = torch.randperm(pages, generator=torch.Generator().manual_seed(1))
-    place = torch.empty(pages, dtype=torch.int32)
-    place[order] = torch.arange(pages, dtype=torch.int32)
-    table = inputs.page_table.clone()
-    used = table < pages
-    table[used] = place[table[used].long()]
-    moved = replace(inputs, cache=inputs.cache[order], page_table=table)
-    assert equal(run(inputs), run(moved))
 
 
 def test_page_size_does_not_matter():
@@ -266,34 +197,6 @@ def test_a_plan_made_without_a_bound_serves_a_bounded_call():
     inputs = decode_inputs(kv_lens=[300, 200], heads=4, latent=128, rope=32)
     plan = mla_triton.plan(inputs.kv_lens, heads=4, latent=128, rope=32)
     check(replace(inputs, max_kv_len=130), plan=plan)
-
-
-def test_a_plans_own_bound_cuts_lengths_exactly():
-    """Also between two tiles of the schedule."""
-    inputs = decode_inputs(kv_lens=[300, 200], heads=4, latent=128, rope=32)
-    plan = mla_triton.plan(inputs.kv_lens, heads=4, latent=128, rope=32, max_kv_len=101)
-    state = run(inputs, plan=plan)
-    testing.assert_within_budget(state, replace(inputs, max_kv_len=101))
-
-
-def test_lse_merges_halves_into_the_whole():
-    inputs = decode_inputs(kv_lens=[256], heads=4, latent=128, rope=32, dtype=torch.float32)
-    whole = run(inputs)
-    halves = [
-        run(
-            replace(
-                inputs,
-                page_table=inputs.page_table[:, 2 * i : 2 * i + 2].contiguous(),
-                kv_lens=torch.tensor([128], dtype=torch.int32),
-            )
-        )
-        for i in range(2)
-    ]
-    weights = torch.stack([half.lse for half in halves]).softmax(0)
-    merged = sum(w[..., None] * half.out for w, half in zip(weights, halves, strict=True))
-    state = mla_triton.AttentionState(merged, torch.logaddexp(halves[0].lse, halves[1].lse))
-    testing.assert_within_budget(state, inputs)
-    testing.assert_within_budget(whole, inputs)
 
 
 def test_reference_runs_when_asked_for():

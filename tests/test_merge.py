@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mla_triton
@@ -17,13 +17,10 @@ from mla_triton import AttentionState, memory, reference, validate_merge
 from mla_triton import device as devices
 from mla_triton.kernels.portable import merge as portable
 from mla_triton.problem import MOST_APART
-from mla_triton.reference.decode import softmax, visible_keys
 from mla_triton.testing import (
     MergeInputs,
     assert_within_budget,
     compare,
-    decode_inputs,
-    merge_budget,
     merge_inputs,
     untouched_padding,
 )
@@ -92,25 +89,6 @@ def test_the_reference_is_the_formula():
     torch.testing.assert_close(got, expected)
 
 
-@given(st.integers(0, 70), st.integers(2, 9), st.booleans(), st.integers(0, 2**16))
-def test_any_partition_of_the_keys_is_the_whole(length, count, causal, seed):
-    """Each key belongs to a part by chance. By PyTorch alone, in float64: to its own roundings."""
-    s_q, heads, width = 3, 2, 24
-    generator = torch.Generator().manual_seed(seed)
-    query = torch.randn(s_q, heads, width, generator=generator, dtype=torch.float64)
-    keys = torch.randn(length, width, generator=generator, dtype=torch.float64)
-    owner = torch.randint(count, (length,), generator=generator)
-    visible = visible_keys(s_q, length, causal, keys.device)
-
-    def attend(chosen: torch.Tensor) -> AttentionState:
-        weights, lse = softmax(query, keys[chosen], visible[:, chosen], 1.0)
-        return AttentionState(weights @ keys[chosen], lse)
-
-    parts = [attend(owner == part) for part in range(count)]
-    whole = attend(torch.ones(length, dtype=torch.bool))
-    torch.testing.assert_close(reference.merge(parts), whole)
-
-
 # -- within the budget
 
 
@@ -127,31 +105,6 @@ def test_the_reference_runs_the_same_calls(inputs):
     exact = reference.merge(inputs.given, mask=inputs.mask)
     expected = AttentionState(exact.out.to(inputs.states[0].out.dtype), exact.lse.float())
     assert same_bits(got, expected)
-
-
-@settings(max_examples=30)
-@given(
-    st.lists(st.integers(0, 90), min_size=1, max_size=3),
-    st.lists(st.integers(0, 7), min_size=1, max_size=6),
-    st.sampled_from(DTYPES),
-)
-def test_the_parts_of_a_decode_are_the_whole(kv_lens, cuts, dtype):
-    """Each request's pages in several runs, decoded apart; partial results are float32 as the
-    kernels' own are, and the result is in the dtype of the whole."""
-    page_size = 16
-    inputs = decode_inputs(
-        kv_lens=kv_lens, heads=3, latent=32, rope=16, page_size=page_size, dtype=dtype,
-        causal=False,
-    )  # fmt: skip
-    (q_nope, q_rope, cache, table, lengths), options = inputs.call_arguments()
-    bounds = [0, *sorted(min(cut, table.shape[1]) for cut in cuts), table.shape[1]]
-    parts = []
-    for begin, end in itertools.pairwise(bounds):
-        left = lengths - begin * page_size
-        exact = reference.decode(q_nope, q_rope, cache, table[:, begin:end], left, **options)
-        parts.append(AttentionState(exact.out.float(), exact.lse.float()))
-    merged = mla_triton.merge(parts, out=inputs.output_buffers()["out"])
-    assert_within_budget(merged, inputs)
 
 
 FAULTS: dict[str, Callable[[MergeInputs], AttentionState]] = {
@@ -189,43 +142,7 @@ def test_the_budget_rejects_sums_in_bfloat16():
     assert not compare(rounded, inputs).ok
 
 
-# -- algebra
-
-
-@settings(max_examples=40)
-@given(merges(masked=False, out_dtype=None, first_dtype=None, dtype=torch.float32), st.data())
-def test_merging_is_associative_within_rounding(inputs, data):
-    """Some of the states first: as far from the truth as the two merges may be together."""
-    states = inputs.states
-    assume(len(states) > 2)
-    size = data.draw(st.integers(2, min(len(states) - 1, MOST_APART)))
-    first = MergeInputs(states[:size], None, torch.float32)
-    inner = merge(first)
-    stack = [inner, *states[size:]]
-    dense = AttentionState(torch.stack([s.out for s in stack]), torch.stack([s.lse for s in stack]))
-    outer = MergeInputs(tuple(map(AttentionState, *dense)), None, torch.float32, is_stack=True)
-    nested, exact = merge(outer), reference.merge(inputs.given)
-    inner_budget, outer_budget = merge_budget(first), merge_budget(outer)
-    values = torch.stack([s.out.double() for s in states]).nan_to_num(0.0)
-    reach = 2 * values.abs().amax((0, -1))
-    # An error of the inner lse moves weight between values as far apart as `reach`.
-    allowed = inner_budget.out + outer_budget.out + inner_budget.lse * reach
-    assert torch.equal(nested.lse == -INF, exact.lse == -INF)
-    assert ((nested.out.double() - exact.out).abs().amax(-1) <= allowed).all()
-    off = (nested.lse.double() - exact.lse).abs().nan_to_num(0.0)
-    assert (off <= inner_budget.lse + outer_budget.lse).all()
-
-
-@settings(max_examples=25)
-@given(merges(masked=False, first_dtype=None), st.randoms(use_true_random=False))
-def test_the_order_of_states_is_of_no_matter(inputs, random):
-    order = list(range(len(inputs.states)))
-    random.shuffle(order)
-    states: Any = [inputs.states[place] for place in order]
-    if inputs.is_stack:
-        states = AttentionState(*(tensor[order] for tensor in inputs.given))
-    got = mla_triton.merge(states, out=inputs.output_buffers()["out"])
-    assert_within_budget(got, inputs)
+# -- empty states, and strange ones
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import mla_triton
 from mla_triton import device as devices
@@ -210,88 +208,6 @@ def test_bounds_hold_on_offsets_that_lie(queries, keys):
     wild = replace(inputs, cu_seqlens_q=int32(queries), cu_seqlens_k=int32(keys))
     run(wild)
     run(wild, max_seqlen_q=45)
-
-
-def test_offsets_past_32_bits(tmp_path):
-    """Keys whose rows lie gigabytes apart: most of the file behind them is never there."""
-    inputs = prefill_inputs(q_lens=[3], heads=2, **SMALL)
-    step = 2**29
-    memory = torch.from_file(
-        str(tmp_path / "sparse"), shared=True, size=5 * step, dtype=torch.bfloat16
-    )
-    far = memory.as_strided((3, 2, 96), (step, 2 * step + 128, 1))
-    far.copy_(inputs.k[:3])
-    assert far.storage_offset() + 2 * step + 2 * step > 2**31 - 1
-    near = replace(inputs, k=inputs.k[:3], v=inputs.v[:3])
-    assert_equal(run(replace(near, k=far)), run(near))
-
-
-# -- properties
-
-
-@given(
-    keys=st.integers(1, 90),
-    queries=st.integers(1, 40),
-    cuts=st.lists(st.integers(0, 90), max_size=3),
-    seed=st.integers(0, 2**16),
-)
-@settings(max_examples=20)
-def test_chunks_merge_into_the_whole(keys, queries, cuts, seed):
-    """Keys in any chunks, the last of which holds the queries' own keys and is causal."""
-    queries = min(queries, keys)
-    inputs = prefill_inputs(
-        q_lens=[queries], k_lens=[keys], heads=2, dtype=torch.float32, seed=seed, **SMALL
-    )
-    bounds = sorted({0, keys - queries, *(min(cut, keys - queries) for cut in cuts)})
-    chunks = [*pairwise(bounds), (bounds[-1], keys)]
-    states = [
-        run(
-            replace(
-                inputs, k=inputs.k[first:end], v=inputs.v[first:end],
-                cu_seqlens_k=int32([0, end - first]), causal=end == keys,
-            )
-        )
-        for first, end in chunks
-    ]  # fmt: skip
-    whole = mla_triton.merge(states) if len(states) > 1 else states[0]
-    testing.assert_within_budget(whole, inputs)
-
-
-@given(queries=st.integers(1, 24), keys=st.integers(0, 70), seed=st.integers(0, 2**16))
-@settings(max_examples=10)
-def test_causal_is_truncated_keys(queries, keys, seed):
-    """Every query as a sequence of its own, over the keys that it sees."""
-    inputs = prefill_inputs(
-        q_lens=[queries], k_lens=[keys], heads=2, dtype=torch.float32, seed=seed, **SMALL
-    )
-    seen = [max(0, keys - queries + i + 1) for i in range(queries)]
-    rows = torch.cat([torch.arange(n) for n in seen])
-    ends = torch.tensor(seen).cumsum(0).tolist()
-    truncated = replace(
-        inputs, k=inputs.k[rows], v=inputs.v[rows], causal=False,
-        cu_seqlens_q=int32(range(queries + 1)), cu_seqlens_k=int32([0, *ends]),
-    )  # fmt: skip
-    testing.assert_within_budget(run(truncated), inputs)
-    check(inputs)
-
-
-def test_a_subset_of_the_heads():
-    inputs = prefill_inputs(**LENS, heads=5, dtype=torch.float16, **SMALL)
-    state = run(inputs)
-    some = [1, 4]
-    subset = replace(inputs, q=inputs.q[:, some], k=inputs.k[:, some], v=inputs.v[:, some])
-    assert_equal(run(subset), AttentionState(state.out[:, some], state.lse[:, some]))
-
-
-def test_order_of_the_batch_does_not_matter():
-    inputs = prefill_inputs(q_lens=[40, 9], k_lens=[50, 33], dtype=torch.float16, **SMALL)
-    q, k = ([*range(n, m), *range(n)] for n, m in ((40, 49), (50, 83)))
-    turned = replace(
-        inputs, q=inputs.q[q], k=inputs.k[k], v=inputs.v[k],
-        cu_seqlens_q=int32([0, 9, 49]), cu_seqlens_k=int32([0, 33, 83]),
-    )  # fmt: skip
-    state = run(inputs)
-    assert_equal(run(turned), AttentionState(state.out[q], state.lse[q]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
