@@ -7,7 +7,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quantised_forms import FORMS, FORMS_BY_DTYPE, SCALED, all_scales, inputs_of, owned_slots, spoilt
+from quantised_forms import (
+    FORMS,
+    FORMS_BY_DTYPE,
+    SCALED,
+    all_scales,
+    inputs_of,
+    owned_slots,
+    spoilt,
+)
 from quantised_forms import wrong_bytes as wrong_bytes_by
 from ways import Way, is_refused, run
 
