@@ -329,9 +329,10 @@ OF_MERGE = {
         "merge, a stack with a mask",
         MERGE,
         "        accumulator += term\n",
-        "        TYPE: tl.constexpr = values[place].dtype\n"
         "        accumulator += term\n"
-        "        accumulator = narrow(accumulator, TYPE, TYPE == tl.bfloat16).to(tl.float32)\n",
+        "        accumulator = narrow(\n"
+        "            accumulator, values[place].dtype, values[place].dtype == tl.bfloat16\n"
+        "        ).to(tl.float32)\n",
     ),
     "merge: states after the first turn left out": one(
         "merge, a stack with a mask",

@@ -80,7 +80,8 @@ def planted(edits: Sequence[Edit]) -> Iterator[None]:
                     # On disk, because Triton asks for the text of a function.
                     file = Path(folder) / f"{module.__name__}.py"
                     file.write_text(texts[module.__name__])
-                exec(compile(source_at(file), file, "exec"), vars(module))
+                code = compile(source_at(file), file, "exec", dont_inherit=True)
+                exec(code, vars(module))
             yield
         finally:
             for module, names in zip(again, before, strict=True):

@@ -5,18 +5,21 @@ from __future__ import annotations
 import linecache
 import sys
 from functools import _lru_cache_wrapper
+from pathlib import Path
 
+import hopper_mutants
 import pytest
 import torch
 import triton
 from mutants import MUTANTS, PAGED, TILES
-from planting import PACKAGE, DoesNotApply, Edit, dependents, in_order, planted
+from planting import PACKAGE, DoesNotApply, Edit, dependents, in_order, planted, source_at
 from trials import TRIALS, decode, decode_problem
 from triton.runtime.interpreter import InterpretedFunction
 
 from mla_triton import testing
 from mla_triton.kernels.common import tiles
 
+ROOT = Path(__file__).parents[2]
 LN_2 = Edit(TILES, "0.6931471805599453", "0.693")
 
 
@@ -40,13 +43,13 @@ def kept() -> int:
 
 def test_nothing_is_left_of_it() -> None:
     inputs, budget = decode_problem(torch.float16, False, 0, kv_lens=(150, 37))
-    right = decode(inputs, None, False)
+    right = decode(inputs, None)
     before, functions, folder = everything(), set(InterpretedFunction.rewritten_fn), None
     compiled_to = triton.knobs.cache.dir
     with planted([LN_2]):
         folder = tiles.dot.fn.__code__.co_filename.rpartition("/")[0]
         assert everything() != before
-        wrong = decode(inputs, None, False)
+        wrong = decode(inputs, None)
         assert any(name.startswith(folder) for name in linecache.cache)
         assert kept()
     assert everything() == before
@@ -55,7 +58,7 @@ def test_nothing_is_left_of_it() -> None:
     assert triton.knobs.cache.dir == compiled_to
     assert not kept()
     assert not testing.compare(wrong, inputs, budget).ok
-    again = decode(inputs, None, False)
+    again = decode(inputs, None)
     assert torch.equal(right.out, again.out)
     assert torch.equal(right.lse, again.lse)
 
@@ -101,3 +104,11 @@ def test_whoever_took_a_function_by_name_is_made_again_behind_it() -> None:
 
 def test_every_trial_has_a_bug() -> None:
     assert {mutant.trial for mutant in MUTANTS.values()} == set(TRIALS)
+
+
+@pytest.mark.parametrize("name", hopper_mutants.MUTANTS)
+def test_bugs_of_the_hopper_kernels_still_apply(name: str) -> None:
+    """They run on a Hopper card alone, in tests/gpu/test_mutations_gpu.py."""
+    edit = hopper_mutants.MUTANTS[name].edit
+    text = source_at(ROOT.joinpath(*edit.name.split(".")).with_suffix(".py"))
+    assert edit.apply(text) != text

@@ -17,18 +17,16 @@ from functools import cache, partial
 from math import inf
 from types import ModuleType
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
+from given_configs import choosing
 from mutants import MUTANTS
 from planting import planted
 
 import mla_triton
-from mla_triton import configs
 from mla_triton import device as devices
 from mla_triton.configs import Choice
 from mla_triton.device import Device
-from mla_triton.ops import decode as operation
 from mla_triton.testing import (
     AppendInputs,
     Budget,
@@ -101,7 +99,9 @@ def ratio(error: float, budget: float) -> float:
     return error / budget if budget > 0 else (inf if error > 0 else 0.0)
 
 
-def decode(inputs: DecodeInputs, parts: int | None, is_zeroed: bool) -> mla_triton.AttentionState:
+def decode(
+    inputs: DecodeInputs, parts: int | None, is_zeroed: bool = False, impl: str = "portable"
+) -> mla_triton.AttentionState:
     arguments, options = inputs.call_arguments()
     made = {}
     if parts is not None:
@@ -114,18 +114,18 @@ def decode(inputs: DecodeInputs, parts: int | None, is_zeroed: bool) -> mla_trit
             dtype=inputs.dtype,
             s_q=inputs.q_nope.shape[1],
             parts=parts,
-            impl="portable",
+            impl=impl,
         )
         if is_zeroed:
             plan.partial_out.zero_()
             plan.partial_lse.zero_()
     buffers = inputs.output_buffers()
-    return mla_triton.decode(*arguments, **options, **buffers, **made, impl="portable")
+    return mla_triton.decode(*arguments, **options, **buffers, **made, impl=impl)
 
 
-def prefill(inputs: PrefillInputs) -> mla_triton.AttentionState:
+def prefill(inputs: PrefillInputs, impl: str = "portable") -> mla_triton.AttentionState:
     arguments, options = inputs.call_arguments()
-    return mla_triton.prefill(*arguments, **options, **inputs.output_buffers(), impl="portable")
+    return mla_triton.prefill(*arguments, **options, **inputs.output_buffers(), impl=impl)
 
 
 def merge(inputs: MergeInputs) -> mla_triton.AttentionState:
@@ -144,12 +144,8 @@ def configured_as(label: str | None) -> Iterator[None]:
     def choose(implementation: ModuleType, problem: Any, device: Device, rows: int) -> Choice:
         return Choice(implementation.heuristic(problem, card, rows), "user", f"as on {label}", None)
 
-    operation.forget()
-    try:
-        with patch.object(configs, "choose", choose):
-            yield
-    finally:
-        operation.forget()
+    with choosing(choose):
+        yield
 
 
 def without_nan(cache: torch.Tensor) -> torch.Tensor:
