@@ -1,4 +1,4 @@
-"""Decode with configs that a test chooses."""
+"""Decode and prefill with configs that a test chooses."""
 
 from __future__ import annotations
 
@@ -8,16 +8,22 @@ from unittest.mock import patch
 
 from mla_triton import configs
 from mla_triton.configs import Choice
-from mla_triton.ops import decode as operation
+from mla_triton.ops import decode, prefill
 
 
 @contextmanager
 def choosing(choose: Callable[..., Choice]) -> Iterator[None]:
     """Inside, `choose` is in the place of `mla_triton.configs.choose`, and takes what it takes."""
-    operation.forget()
+    forget()
     try:
         with patch.object(configs, "choose", choose):
             yield
     finally:
         # Nothing that is kept may outlive what was chosen.
-        operation.forget()
+        forget()
+
+
+def forget() -> None:
+    """Lets the next calls look their configs up."""
+    decode.forget()
+    prefill.forget()

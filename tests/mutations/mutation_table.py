@@ -51,7 +51,9 @@ READING = """
 
 Numbers come from Triton's interpreter on a CPU, in which `python tests/mutations/mutation_table.py`
 writes this page; another order of float32 sums changes their second digit, and those of an lse
-more. On a GPU the same bugs are planted in what is compiled there.
+more. On a GPU the same tests plant the same bugs in what is compiled there, and
+`tests/gpu/test_mutations_gpu.py` others in the kernels for Hopper, which have no interpreter
+(`tests/mutations/hopper_mutants.py`); no such run is on record yet.
 """
 LIMITS = """
 ## What is not caught
@@ -75,9 +77,13 @@ float16's range, not by its roundings.
 
 No check of numbers catches what never runs. `tests/mutations/test_capabilities.py` gives a card the
 config of another one: its shared memory refuses it, and where that rule is taken away, too, what is
-compiled for the card does not fit. A wrong conversion of e4m3 in the code for capability 8.0 leaves
-every result of a Hopper card right, in float16 and in bfloat16, and every result of the
-interpreter: `tests/gpu/test_mutations_gpu.py` has it caught by running the code for 8.0 there.
+compiled for the card does not fit. A step that only the config of 8.9 takes is right under every
+other config, whatever it says: the same tests run decode and prefill under every card's.
+
+What is generated for another card alone has no such config. A wrong conversion of e4m3 in the code
+for capability 8.0 leaves every result of a Hopper card right, in float16 and in bfloat16, and every
+result of the interpreter: `tests/gpu/test_mutations_gpu.py` asks that it is caught where the code
+for 8.0 is what runs.
 """
 
 

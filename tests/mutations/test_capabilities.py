@@ -13,12 +13,12 @@ import torch
 from foreign_configs import shared_memory_of
 from mutants import DTYPES, MUTANTS
 from planting import Edit, planted
-from trials import configured_as, of_decode, with_bug
+from trials import COMPILED, TRIALS, configured_as, of_decode, with_bug
 
 from mla_triton import configs
 from mla_triton import device as devices
 from mla_triton.kernels.portable import decode_config
-from mla_triton.testing.compilation import problem, side_by_side
+from mla_triton.testing.compilation import LABELS, problem, side_by_side
 
 CONFIG = "kernels.portable.decode_config"
 HOPPERS = Edit(
@@ -29,6 +29,16 @@ HOPPERS = Edit(
 """16 rows over a 16-bit cache: two large tiles in flight, whatever the card has."""
 UNCHECKED = Edit(CONFIG, "if needed > device.shared_memory:", "if needed < 0:")
 SMALLER = ("8.0", "8.6", "8.9", "12.0")
+FITTING = [
+    label
+    for label in LABELS
+    if not COMPILED
+    or (
+        devices.from_label(label).backend == devices.current().backend
+        and devices.from_label(label).shared_memory <= devices.current().shared_memory
+    )
+]
+"""Cards whose configs can be run here."""
 BUG = "a step that only the config of 8.9 takes"
 
 by_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -71,6 +81,16 @@ def test_a_step_that_is_not_taken_is_right_whatever_it_says(dtype: str) -> None:
     with planted(MUTANTS[BUG].edits):
         assert not judge(kind).caught_by
     assert with_bug(BUG, kind).caught_by
+
+
+@by_dtype
+@pytest.mark.parametrize("label", FITTING)
+def test_every_cards_config_gives_right_results(label: str, dtype: str) -> None:
+    """Wherever this runs, and so in the interpreter, too, whose own config is one of them."""
+    with configured_as(label):
+        for trial in ("decode", "decode, scales of groups", "prefill"):
+            found = TRIALS[trial](getattr(torch, dtype))
+            assert not found.caught_by, (trial, found)
 
 
 def test_the_config_is_back_afterwards() -> None:

@@ -9,7 +9,10 @@ from mutants import DTYPES, MUTANTS
 from trials import COMPILED, Finding, find, with_bug, without_bug
 
 # What NaN and infinities a bug brings is what is looked for.
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning"),
+]
 
 FAR_MEMORY = 13 * 2**30
 """Bytes that pages, or slots, that are 2**31 elements apart take of a GPU."""

@@ -135,14 +135,16 @@ def merge(inputs: MergeInputs) -> mla_triton.AttentionState:
 
 @contextmanager
 def configured_as(label: str | None) -> Iterator[None]:
-    """Inside, decode has the config that another card would choose, wherever it runs."""
+    """Inside, decode and prefill have the configs of another card, wherever they run."""
     if label is None:
         yield
         return
     card = devices.from_label(label)
 
-    def choose(implementation: ModuleType, problem: Any, device: Device, rows: int) -> Choice:
-        return Choice(implementation.heuristic(problem, card, rows), "user", f"as on {label}", None)
+    def choose(implementation: ModuleType, problem: Any, device: Device, *rows: int) -> Choice:
+        return Choice(
+            implementation.heuristic(problem, card, *rows), "user", "said by a test", None
+        )
 
     with choosing(choose):
         yield
