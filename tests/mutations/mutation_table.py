@@ -64,9 +64,8 @@ there:
 * a partial result rounded to 16 bits is one rounding more than there has to be, within the factor
   of two;
 * probabilities rounded to bfloat16 are right where bfloat16 is multiplied. In float16 they are
-  caught over some hundred keys and not over thousands: the same-precision run rounds probabilities
-  that are divided by their sum already, and among thousands of keys those are subnormal in float16,
-  which widens the budget.
+  caught over some hundred keys and not over thousands: their roundings are independent from key to
+  key and average out, over 4000 keys to less than what the rounding of the result may cost.
 
 Budgets alone would also let a quantiser pass that rounds towards zero, or that uses half of e4m3's
 range: these are caught because the bytes in a cache have to be the reference's. And an accumulator
