@@ -1,8 +1,8 @@
 """The libraries' module names, answered by `mla_triton.compat`.
 
-Their test files import more than what is about MLA. A name that compat does not have is there all the
-same, and raises NotImplementedError where it is called: such a test counts as out of scope, not as
-failed.
+Their test files import more than what is about MLA. A name that compat does not have is there all
+the same, and raises NotImplementedError where it is called: such a test counts as out of scope, not
+as failed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from mla_triton.compat import flash_mla, flashinfer, sglang, vllm
 LIBRARIES = ("flash_mla", "flashinfer", "sgl_kernel", "sglang", "vllm")
 HELPERS = ("conftest", "jit_utils", "tests")
 """Modules of the libraries' own test folders, from which a test file takes a thing or two."""
+
+PYTEST_NAMES = ("__", "pytest", "setup", "setUp", "teardown", "tearDown")
+"""What Python and pytest ask any module for, which a module need not have."""
 
 OWN_KERNELS = ("flashinfer.triton",)
 """Packages that are taken from the checkout where it has them: tests use them as the reference."""
@@ -54,7 +57,7 @@ class Alias(ModuleType):
         self._sources = sources
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith(PYTEST_NAMES):
             raise AttributeError(name)
         for source in self._sources:
             if name in source.__all__:
@@ -115,15 +118,9 @@ def set_random_seed(seed: int) -> None:
 
 def contents() -> dict[str, tuple[list[ModuleType], dict[str, Any]]]:
     """Of each module that has something to offer, whose names it has and which ones besides."""
-    no_kernels = {
-        name: nothing
-        for name in (
-            "build_jit_specs",
-            "gen_batch_mla_module",
-            "gen_batch_prefill_module",
-            "gen_single_prefill_module",
-        )
-    }
+    made = ("batch_mla", "batch_prefill", "single_prefill")
+    generators = [f"gen_{name}_module" for name in made]
+    no_kernels = dict.fromkeys(["build_jit_specs", *generators], nothing)
     prepare = {
         "gen_decode_attention_modules": lambda *args: [],
         "gen_prefill_attention_modules": lambda *args: [],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -16,10 +16,8 @@ NOT_ASKING = ("mla_triton", "torch", "triton")
 """Packages that have to know that there is no card."""
 
 IS_CUDA = torch.Tensor.is_cuda.__get__
-GENERATOR = torch.Generator
 
 LIMITS = {
-    "B": 2,
     "b": 2,
     "batch_size": 3,
     "h_q": 16,
@@ -78,8 +76,11 @@ class OnCPU(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def generator(device: Any = None) -> torch.Generator:
-    return GENERATOR(device="cpu")
+class Generator(torch.Generator):
+    """One of random numbers on the CPU, whichever card it is asked for."""
+
+    def __new__(cls, device: Any = None) -> Any:
+        return super().__new__(cls, device="cpu")
 
 
 class Event:
@@ -104,8 +105,9 @@ def once(function: Any, *args: Any, **kwargs: Any) -> float:
     return 1.0
 
 
-def nothing(*args: Any, **kwargs: Any) -> None:
-    pass
+def idle() -> Callable[..., None]:
+    """Does nothing; one of its own for each name, for torch.compile tells functions apart."""
+    return lambda *args, **kwargs: None
 
 
 @contextlib.contextmanager
@@ -114,21 +116,21 @@ def pretended_card() -> Iterator[None]:
     set_default_device = torch.set_default_device
     cuda = {
         "Event": Event,
-        "empty_cache": nothing,
+        "empty_cache": idle(),
         "get_device_capability": lambda device=None: (9, 0),
         "get_device_name": lambda device=None: "none, interpreted",
         "is_available": lambda: is_asked_by_a_test(),
-        "manual_seed": nothing,
+        "manual_seed": idle(),
         "mem_get_info": lambda device=None: (0, 0),
-        "set_device": nothing,
-        "synchronize": nothing,
+        "set_device": idle(),
+        "synchronize": idle(),
     }
-    accelerator = {"device_count": lambda: 1, "set_device_index": nothing, "synchronize": nothing}
+    accelerator = {"device_count": lambda: 1, "set_device_index": idle(), "synchronize": idle()}
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.multiple(torch.cuda, **cuda))
         stack.enter_context(mock.patch.multiple(torch.accelerator, **accelerator))
         stack.enter_context(mock.patch.object(torch, "Event", Event))
-        stack.enter_context(mock.patch.object(torch, "Generator", generator))
+        stack.enter_context(mock.patch.object(torch, "Generator", Generator))
         stack.enter_context(mock.patch.object(triton.testing, "do_bench", once))
         stack.enter_context(
             mock.patch.object(
