@@ -71,19 +71,22 @@ class Case:
         said += [options["stored"]] if "stored" in options else []
         return ", ".join(said) or "s_q 1"
 
-    def inputs(self, kv_lens: Sequence[int], device: torch.device) -> DecodeInputs:
+    def recipe(self, kv_lens: Sequence[int]) -> dict[str, Any]:
+        """Arguments of `decode_inputs`."""
         model = MODELS[self.model]
-        made = decode_inputs(
-            kv_lens=kv_lens,
-            heads=self.rank_heads,
-            latent=model.latent,
-            rope=model.rope,
-            value_dim=model.value_dim,
-            dtype=self.dtype,
-            device=device,
+        return {
+            "kv_lens": list(kv_lens),
+            "heads": self.rank_heads,
+            "latent": model.latent,
+            "rope": model.rope,
+            "value_dim": model.value_dim,
+            "dtype": self.dtype,
+            "softmax_scale": model.softmax_scale,
             **dict(self.options),
-        )
-        return replace(made, softmax_scale=model.softmax_scale)
+        }
+
+    def inputs(self, kv_lens: Sequence[int], device: torch.device) -> DecodeInputs:
+        return decode_inputs(**self.recipe(kv_lens), device=device)
 
 
 @dataclass(frozen=True)
@@ -107,20 +110,23 @@ class PrefillCase:
     def call(self) -> str:
         return "prefill" if self.causal else "prefill full"
 
-    def inputs(self, device: torch.device) -> PrefillInputs:
+    def recipe(self) -> dict[str, Any]:
+        """Arguments of `prefill_inputs`."""
         model = MODELS[self.model]
-        return prefill_inputs(
-            q_lens=self.q_lens,
-            k_lens=self.k_lens,
-            heads=self.heads,
-            qk=model.nope + model.rope,
-            v_dim=model.v,
-            rope=model.rope,
-            split_k=True,
-            dtype=self.dtype,
-            causal=self.causal,
-            device=device,
-        )
+        return {
+            "q_lens": list(self.q_lens),
+            "k_lens": list(self.k_lens),
+            "heads": self.heads,
+            "qk": model.nope + model.rope,
+            "v_dim": model.v,
+            "rope": model.rope,
+            "split_k": True,
+            "dtype": self.dtype,
+            "causal": self.causal,
+        }
+
+    def inputs(self, device: torch.device) -> PrefillInputs:
+        return prefill_inputs(**self.recipe(), device=device)
 
 
 @dataclass(frozen=True)
@@ -141,15 +147,18 @@ class MergeCase:
     def call(self) -> str:
         return f"{self.states} states"
 
+    def recipe(self) -> dict[str, Any]:
+        """Arguments of `merge_inputs`."""
+        return {
+            "states": self.states,
+            "tokens": (self.tokens,),
+            "heads": self.heads,
+            "value_dim": self.value_dim,
+            "dtype": self.dtype,
+        }
+
     def inputs(self, device: torch.device) -> MergeInputs:
-        return merge_inputs(
-            states=self.states,
-            tokens=(self.tokens,),
-            heads=self.heads,
-            value_dim=self.value_dim,
-            dtype=self.dtype,
-            device=device,
-        )
+        return merge_inputs(**self.recipe(), device=device)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from mla_triton.kernels.common.launch import Launcher
 from mla_triton.ops import gather as operation
 from mla_triton.testing import untouched_padding
 from mla_triton.testing.caches import FORMS, PACKED
-from mla_triton.testing.gathers import GatherInputs, gather_inputs, same_bits
+from mla_triton.testing import GatherInputs, gather_inputs, same_bits
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NAN = float("nan")

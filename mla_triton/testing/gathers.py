@@ -6,7 +6,6 @@ past a request's pages; results are NaN, in rows that no request has and between
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -124,15 +123,3 @@ def gather_inputs(
         moved(buffer(widths[0]), device),
         moved(buffer(widths[1]), device) if widths[1] else None,
     )
-
-
-def same_bits(one: Sequence[torch.Tensor | None], other: Sequence[torch.Tensor | None]) -> bool:
-    """Whether tensors, or None, are equal bit for bit, NaN for NaN."""
-    integers = {2: torch.int16, 4: torch.int32}
-    for a, b in zip(one, other, strict=True):
-        if a is None or b is None:
-            if a is not b:
-                return False
-        elif not torch.equal(*(t.view(integers[t.element_size()]) for t in (a, b))):
-            return False
-    return True

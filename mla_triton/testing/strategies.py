@@ -23,17 +23,7 @@ import torch
 from hypothesis import strategies as st
 
 from mla_triton.testing.prefill_problems import PrefillInputs, prefill_inputs
-from mla_triton.testing.problems import PACKED, DecodeInputs, Logits, Stored, decode_inputs
-
-SERVED: dict[Stored, tuple[torch.dtype, ...]] = {
-    "fp8": (torch.float16, torch.bfloat16),
-    "fp8_groups": (torch.float16, torch.bfloat16),
-    "fp8_ds_mla": (torch.bfloat16,),
-    "fp8_v4": (torch.bfloat16,),
-    "fp8_v41": (torch.float16, torch.bfloat16),
-}
-"""Dtypes of queries over a quantised cache."""
-
+from mla_triton.testing.problems import PACKED, SERVED, DecodeInputs, Logits, Stored, decode_inputs
 
 @st.composite
 def decode_problems(

@@ -26,7 +26,7 @@ from mla_triton.testing import (
     prefill_inputs,
 )
 from mla_triton.testing.caches import FORMS
-from mla_triton.testing.gathers import gather_inputs, same_bits
+from mla_triton.testing import gather_inputs, same_bits
 
 KV_LENS = (300, 0, 65, 1)
 PORTABLE: tuple[dict[str, Any], ...] = (
