@@ -16,9 +16,8 @@ from mla_triton import CSRPageTable, LatentCache
 from mla_triton.cache.quantise import dequantise
 from mla_triton.kernels.common.launch import Launcher
 from mla_triton.ops import gather as operation
-from mla_triton.testing import untouched_padding
+from mla_triton.testing import GatherInputs, gather_inputs, same_bits, untouched_padding
 from mla_triton.testing.caches import FORMS, PACKED
-from mla_triton.testing import GatherInputs, gather_inputs, same_bits
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NAN = float("nan")

@@ -1,11 +1,11 @@
 """The problems of a report: the shapes of real models, and each thing that a call may have besides.
 
-A case is the arguments of a factory of `mla_triton.testing`, so that a line of Python makes it again.
+A case is the arguments of a factory of `mla_triton.testing`: a line of Python makes it again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +16,11 @@ from mla_triton.testing import decode_inputs, merge_inputs, prefill_inputs
 from mla_triton.testing.budget import Inputs
 from mla_triton.testing.problems import SERVED
 
-FACTORIES = {"decode": decode_inputs, "prefill": prefill_inputs, "merge": merge_inputs}
+FACTORIES: dict[str, Callable[..., Inputs]] = {
+    "decode": decode_inputs,
+    "prefill": prefill_inputs,
+    "merge": merge_inputs,
+}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HALF = DTYPES[:2]
 
@@ -77,8 +81,7 @@ class Case:
         return f"{self.operation} {self.shape} {self.dtype} {self.call}"
 
     def inputs(self, device: torch.device) -> Inputs:
-        made: Inputs = FACTORIES[self.operation](**self.options, device=device)
-        return made
+        return FACTORIES[self.operation](**self.options, device=device)
 
     def code(self, device: torch.device) -> str:
         """The expression that makes the inputs."""
@@ -132,7 +135,9 @@ def _decodes(size: Size) -> Iterator[Row]:
     yield row("logits dominant_key", bfloat16, logits="dominant_key")
 
     for stored, dtypes in SERVED.items():
-        inside = {"latent": 448, "value_dim": 512} if stored in ("fp8_v4", "fp8_v41") else {}
+        inside: dict[str, Any] = (
+            {"latent": 448, "value_dim": 512} if stored in ("fp8_v4", "fp8_v41") else {}
+        )
         for dtype in dtypes:
             yield row(stored, dtype, stored=stored, **inside)
     yield row("fp8, pair", bfloat16, stored="fp8", layout="pair")

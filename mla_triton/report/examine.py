@@ -94,9 +94,7 @@ class Row:
         return max(self.measures, key=lambda measure: measure.ratio, default=None)
 
 
-def examine(
-    todo: Sequence[Case], device: torch.device, repeats: int
-) -> Iterator[Row]:
+def examine(todo: Sequence[Case], device: torch.device, repeats: int) -> Iterator[Row]:
     """Each case by each implementation that takes it, as one row after another.
 
     The reference, which is what the oracle is made of, runs the first case of an operation alone. A

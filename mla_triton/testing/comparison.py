@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from mla_triton.state import AttentionState
-from mla_triton.testing.budget import Budget, Inputs, budget_of, difference, finite, rms
+from mla_triton.testing.budget import Budget, Inputs, budget_of, difference, rms
 
 State = AttentionState | tuple[torch.Tensor, torch.Tensor | None]
 """`(out, lse)`, as operations return it or as a plain pair."""

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from mla_triton.testing.prefill_problems import PrefillInputs, prefill_inputs
 from mla_triton.testing.problems import PACKED, SERVED, DecodeInputs, Logits, Stored, decode_inputs
 
+
 @st.composite
 def decode_problems(
     draw: st.DrawFn,
