@@ -5,8 +5,8 @@ Bit for bit: an empty state changes nothing, wherever it stands and whatever it 
 in another row are of no matter; values scaled by a power of two.
 
 Within the budgets: the order of states, merges of merges, and the parts of a decode, because sums
-are made in another order; a shift of all lse, because float32 rounds it. That any partition of keys is the whole is shown of the reference in
-float64, to its own roundings.
+are made in another order; a shift of all lse, because float32 rounds it. That any partition of keys
+is the whole is shown of the reference in float64, to its own roundings.
 """
 
 from __future__ import annotations
