@@ -52,7 +52,7 @@ def svg(numbers: Sequence[int], title: str) -> str:
         kind = "budget" if decade == 0 else "tick"
         top = 2 if decade == 0 else BASE
         ticks += f'<path class="{kind}" d="M{x:.1f} {top}V{BASE + 4}"/>'
-        ticks += f'<text x="{x:.1f}" y="{BASE + 14}">{10.0**decade:g}</text>'
+        ticks += f'<text x="{x:.1f}" y="{BASE + 14}" text-anchor="middle">{10.0**decade:g}</text>'
     within = range(AT_BUDGET + 1)
     beyond = range(AT_BUDGET + 1, len(numbers))
     return (

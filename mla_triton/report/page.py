@@ -43,8 +43,8 @@ svg .within { fill: var(--bar); } svg .beyond { fill: var(--bad); }
 
 def page(found: dict[str, Any], seed: int, repeats: int, rows: Sequence[Row]) -> str:
     """The whole page."""
-    failed = [row for row in rows if not row.ok]
-    kind = "ok" if rows and not failed else "failed"
+    failed, right = ([row for row in rows if row.ok is kind] for kind in (False, True))
+    state = "failed" if failed else "ok"
     environment_rows = [*environment.entries(found), ("seed", str(seed))]
     environment_rows.append(("calls", f"{1 + repeats} of each case"))
     parts = [
@@ -53,18 +53,17 @@ def page(found: dict[str, Any], seed: int, repeats: int, rows: Sequence[Row]) ->
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>mla-triton check: {escape(verdict(rows))}</title><style>{STYLE}</style></head>",
         "<body><h1>mla-triton check --deep</h1>",
-        f'<p class="{kind}">{escape(verdict(rows))}</p>',
+        f'<p class="{state}">{escape(verdict(rows))}</p>',
         '<div class="scroll"><table>',
         *(f"<tr><th>{escape(n)}</th><td>{escape(v)}</td></tr>" for n, v in environment_rows),
         "</table></div>",
         *(_overview(rows) if rows else []),
-        *(["<h2>What failed</h2>", *map(_case, failed)] if failed else []),
-        "<h2>Every case</h2>",
         '<p class="note">A bar is a number of rows, (query, head) pairs, by the share of its error '
         "budget that a row has used: the dashed line is what is allowed. The bar furthest left has "
         "all below a thousandth and what is exact, the one furthest right all beyond a hundred "
         "budgets, and NaN where there must be none.</p>",
-        *map(_case, rows),
+        *(["<h2>What failed</h2>", *map(_case, failed)] if failed else []),
+        *(["<h2>What is right</h2>", *map(_case, right)] if right else []),
         "</body></html>",
     ]
     return "\n".join(parts) + "\n"
@@ -91,7 +90,7 @@ def _overview(rows: Sequence[Row]) -> Iterable[str]:
 
 def _case(row: Row) -> str:
     """One row, folded; those that failed are open."""
-    parts = "" if row.parts is None else f" in {row.parts} parts"
+    parts = {None: "", 1: " in one part"}.get(row.parts, f" in {row.parts} parts")
     state = '<span class="ok">ok</span>' if row.ok else '<span class="failed">FAILED</span>'
     ratios = ", ".join(f"{m.name.replace('_', ' ')} {share(m.ratio)}" for m in row.measures)
     head = f"{row.operation} {row.shape} {row.dtype}, {row.call}; {row.implementation}{parts}"
