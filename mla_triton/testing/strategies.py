@@ -9,11 +9,11 @@
         arguments, options = inputs.call_arguments()
         testing.assert_within_budget(my_decode(*arguments, **options), inputs)
 
-`prefill_problems`, `merge_problems`, `append_problems` and `gather_problems` do the same for the other
-operations. Each argument restricts what is drawn, for a kernel that does not take everything:
+`prefill_problems`, `merge_problems`, `append_problems` and `gather_problems` do the same for the
+other operations. Each argument restricts what is drawn, for a kernel that does not take everything:
 sequences hold what may be chosen, simplest first, since hypothesis shrinks towards the first.
 
-A failing problem prints itself as the call of `decode_inputs(...)` and its like that makes it again.
+A failing problem prints itself as the call that makes it again, `decode_inputs(...)` or its like.
 Needs hypothesis, which comes with the extra `test`; the rest of `mla_triton.testing` does not.
 """
 
@@ -239,9 +239,9 @@ def append_problems(
 ) -> AppendInputs:
     """Draws tokens for `mla_triton.append`, and a cache with canaries around it.
 
-    `forms` are those of `mla_triton.testing.caches.FORMS`; `latents` that are no multiple of 128, and
-    `ropes` that are none of 32, are for caches in 16 bit or float32 alone, and packed formats have
-    widths of their own. `cache_dtypes` is None for the dtype of tokens. `norms` and `rotations` are
+    `forms` are those of `mla_triton.testing.caches.FORMS`; `latents` that are no multiple of 128,
+    and `ropes` that are none of 32, are for caches in 16 bit or float32 alone, and packed formats
+    have widths of their own. `cache_dtypes` is None for the dtype of tokens. `norms` and `rotations` are
     as in `append_inputs`, None for an append without.
     """
     form = draw(st.sampled_from(forms))
