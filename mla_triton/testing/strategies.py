@@ -241,8 +241,8 @@ def append_problems(
 
     `forms` are those of `mla_triton.testing.caches.FORMS`; `latents` that are no multiple of 128,
     and `ropes` that are none of 32, are for caches in 16 bit or float32 alone, and packed formats
-    have widths of their own. `cache_dtypes` is None for the dtype of tokens. `norms` and `rotations` are
-    as in `append_inputs`, None for an append without.
+    have widths of their own. `cache_dtypes` is None for the dtype of tokens. `norms` and
+    `rotations` are as in `append_inputs`, None for an append without.
     """
     form = draw(st.sampled_from(forms))
     own_latents, own_ropes = _widths(form, latents, ropes)
