@@ -16,6 +16,7 @@ from mla_triton.kernels.portable import prefill_config
 from mla_triton.kernels.portable.prefill_config import Config
 from mla_triton.ops import prefill as operation
 from mla_triton.state import AttentionState
+from mla_triton.testing import problem_of
 from mla_triton.testing.prefill_problems import PrefillInputs, prefill_inputs, whole
 from mla_triton.testing.problems import int32, untouched_padding
 from mla_triton.testing.strategies import prefill_problems

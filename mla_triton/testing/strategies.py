@@ -20,7 +20,6 @@ Needs hypothesis, which comes with the extra `test`; the rest of `mla_triton.tes
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from hypothesis import strategies as st
@@ -31,7 +30,16 @@ from mla_triton.testing.caches import PACKED as PACKED_FORMS
 from mla_triton.testing.gathers import GatherInputs, gather_inputs
 from mla_triton.testing.merges import MergeInputs, Spread, merge_inputs
 from mla_triton.testing.prefill_problems import PrefillInputs, prefill_inputs
-from mla_triton.testing.problems import PACKED, SERVED, DecodeInputs, Logits, Stored, decode_inputs
+from mla_triton.testing.problems import (
+    PACKED,
+    SERVED,
+    DecodeInputs,
+    Layout,
+    Logits,
+    Stored,
+    Table,
+    decode_inputs,
+)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -46,8 +54,8 @@ def decode_problems(
     page_sizes: Sequence[int] = (1, 16, 32, 64, 128, 5, 48),
     heads: Sequence[int] = (1, 2, 3, 5, 8, 16, 20, 33),
     logits: Sequence[Logits] = ("normal", "large", "equal_keys", "dominant_key"),
-    tables: Sequence[Literal["dense", "csr"]] = ("dense", "csr"),
-    layouts: Sequence[Literal["fused", "pair"]] = ("fused", "pair"),
+    tables: Sequence[Table] = ("dense", "csr"),
+    layouts: Sequence[Layout] = ("fused", "pair"),
     stored: Sequence[Stored] = ("16bit",),
     paddings: Sequence[int] = (0, 16, 1),
     ragged: Sequence[bool] = (False, True),
