@@ -32,6 +32,9 @@ class Size(NamedTuple):
     parts: tuple[int, ...]
     """Into how many a batch is cut where that is what is tried."""
     heads: int
+    other_heads: tuple[int, ...]
+    page_sizes: tuple[int, ...]
+    s_q: tuple[int, ...]
     q_lens: tuple[int, ...]
     k_lens: tuple[int, ...]
     """Of prefills."""
@@ -43,14 +46,20 @@ ON_GPU = Size(
     kv_lens=(9000, 2048, 777, 130, 65, 64, 63, 1, 0),
     parts=(1, 3, 132, 1000),
     heads=16,
+    other_heads=(1, 2, 3, 5, 20, 33, 128),
+    page_sizes=(1, 16, 32, 48, 128),
+    s_q=(2, 3, 8),
     q_lens=(300, 129, 0, 3, 64, 7),
     k_lens=(300, 700, 64, 0, 65, 5),
     tokens=300,
 )
 INTERPRETED = Size(
-    kv_lens=(130, 64, 33, 1, 0),
-    parts=(1, 3, 9),
+    kv_lens=(97, 64, 1, 0),
+    parts=(1, 9),
     heads=4,
+    other_heads=(1, 5, 33),
+    page_sizes=(1, 16, 48),
+    s_q=(3,),
     q_lens=(33, 5, 0, 3, 7),
     k_lens=(33, 40, 4, 0, 5),
     tokens=5,
@@ -145,7 +154,7 @@ def _decodes(size: Size) -> Iterator[Row]:
     yield row("fp8_ds_mla, splits, s_q 2", bfloat16, size.parts, stored="fp8_ds_mla", s_q=2)
 
     # Several query tokens a request, more of them than some requests have keys.
-    for s_q in (2, 3, 8):
+    for s_q in size.s_q:
         yield row(f"s_q {s_q}", bfloat16, s_q=s_q)
     yield row("s_q 2, splits", float16, parts=size.parts, s_q=2)
     yield row("s_q 2, not causal", float16, s_q=2, causal=False)
@@ -160,7 +169,7 @@ def _decodes(size: Size) -> Iterator[Row]:
     yield row("one request", bfloat16, kv_lens=[size.kv_lens[0]])
     yield row("one key each", float16, kv_lens=[1] * batch)
 
-    for page_size in (1, 16, 32, 48, 128):
+    for page_size in size.page_sizes:
         yield row(f"page {page_size}", bfloat16, page_size=page_size)
     yield row("csr, page 16", float16, page_size=16, table="csr")
     yield row("fp8, page 1", bfloat16, page_size=1, stored="fp8")
@@ -168,7 +177,7 @@ def _decodes(size: Size) -> Iterator[Row]:
         yield row(call, bfloat16, strided=strided)
         yield row(f"{call}, s_q 2", float16, strided=strided, s_q=2)
 
-    for heads in (1, 2, 3, 5, 20, 33, 128):
+    for heads in size.other_heads:
         yield row("heads", bfloat16, heads=heads, kv_lens=[size.kv_lens[0], 1, 0])
     widths: tuple[tuple[int, int], ...] = ((512, 0), (256, 64), (256, 32), (128, 32))
     for latent, rope in widths:
