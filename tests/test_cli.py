@@ -13,6 +13,7 @@ from mla_triton import check, cli, timing
 from mla_triton import device as devices
 from mla_triton.configs import cache_directory
 from mla_triton.testing import decode_inputs
+from mla_triton.testing.decode_changes import copied
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -316,7 +317,7 @@ def test_what_is_right_is_timed(monkeypatch, device):
 
 def test_a_packed_cache_is_copied_as_it_lies():
     cache = decode_inputs(kv_lens=[20], stored="fp8_ds_mla").cache
-    copy = check._copied(cache)
+    copy = copied(cache)
     assert len({part.untyped_storage().data_ptr() for part in copy}) == 1
     for part, other in zip(cache, copy, strict=True):
         assert other.untyped_storage().data_ptr() != part.untyped_storage().data_ptr()

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import subprocess
 import sys
 from dataclasses import asdict, replace
 
 import torch
 
-import mla_triton
 from mla_triton import device as devices
 from mla_triton import explain as explanation
 from mla_triton import models
 from mla_triton.cache import named
 from mla_triton.cache.named import CACHE_FORMATS
+from mla_triton.cli import deep
 from mla_triton.cli.options import Commands, add_command, natural, positive, show
-from mla_triton.configs import cache_directory
 from mla_triton.device import Device
 from mla_triton.explain import device_facts, device_line
 from mla_triton.models import Model
@@ -39,9 +36,11 @@ def add_commands(commands: Commands) -> None:
         ("explain", explain, "what would run on a card, with which config, and why"),
         ("check", check, "compute the shapes of real models and compare with float64"),
     ):
-        command = add_command(commands, name, run, about)
+        command = add_command(commands, name, run, about, json_file=name == "check")
         if name == "explain":
             _add_shape(command)
+        if name == "check":
+            deep.add_options(command)
 
 
 def _add_shape(command: argparse.ArgumentParser) -> None:
@@ -74,35 +73,10 @@ def _add_shape(command: argparse.ArgumentParser) -> None:
 
 def info(arguments: argparse.Namespace) -> int:
     """What is in this machine, as the package sees it."""
-    import triton
+    from mla_triton.report import environment
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    found = [device_facts(devices.of(torch.device("cuda", index))) for index in range(count)]
-    cpu = "the portable kernels, interpreted" if devices.interpreting() else "the reference"
-    versions = {
-        "mla_triton": mla_triton.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-    }
-    facts = {
-        "versions": versions,
-        "devices": found,
-        "interpreter": devices.interpreting(),
-        "cache_directory": str(cache_directory()),
-        "triton_cache_directory": str(triton.knobs.cache.dir),
-    }
-    lines = [f"{name:<12}{number}" for name, number in versions.items()]
-    for device in found:
-        lines.append(f"device      {device_line(device)}")
-        lines += [f"configs     {table}" for table in device["tables"] or ["no table: heuristic"]]
-    lines += [
-        *([] if found else ["device      no GPU"]),
-        f"interpreter {'on' if devices.interpreting() else 'off'}: CPU tensors run {cpu}",
-        f"cache       {facts['cache_directory']}",
-        f"            {facts['triton_cache_directory']} (Triton's own)",
-    ]
-    show(facts, arguments, lines)
+    facts = environment.facts()
+    show(facts, arguments, environment.lines(facts))
     return 0
 
 
@@ -233,6 +207,8 @@ def check(arguments: argparse.Namespace) -> int:
     on_gpu = torch.cuda.is_available() and not devices.interpreting()
     if not on_gpu and not devices.interpreting():
         return _interpreted(arguments)
+    if arguments.deep:
+        return deep.check(arguments)
     from mla_triton import check as engine
 
     device = torch.device("cuda" if on_gpu else "cpu")
@@ -251,7 +227,7 @@ def check(arguments: argparse.Namespace) -> int:
         *engine.merges(on_gpu),
     ]
     found = map(keep, engine.run(todo, kv_lens, device, bandwidth))
-    if arguments.json:
+    if arguments.json is not None:
         list(found)
         facts = {
             "device": here,
@@ -261,7 +237,7 @@ def check(arguments: argparse.Namespace) -> int:
             "rows": [asdict(row) for row in rows],
             "ok": all(row.ok for row in rows),
         }
-        print(json.dumps(facts, indent=2))
+        deep.write_json(facts, arguments.json)
     else:
         print("\n".join(engine.heading(device_line(here), kv_lens, bandwidth)))
         for line in engine.table(found, timed=on_gpu):
@@ -272,5 +248,5 @@ def check(arguments: argparse.Namespace) -> int:
 
 def _interpreted(arguments: argparse.Namespace) -> int:
     """The same command in a child whose Triton interprets: it decides that when it is imported."""
-    command = [sys.executable, "-m", "mla_triton", "check", *(["--json"] * arguments.json)]
+    command = [sys.executable, "-m", "mla_triton", "check", *deep.words(arguments)]
     return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode
