@@ -234,6 +234,7 @@ def check(arguments: argparse.Namespace) -> int:
     if not on_gpu and not devices.interpreting():
         return _interpreted(arguments)
     from mla_triton import check as engine
+    from mla_triton.check_cache import CacheCase, caches
 
     device = torch.device("cuda" if on_gpu else "cpu")
     bandwidth = engine.read_bandwidth(device) if on_gpu else None
@@ -245,10 +246,11 @@ def check(arguments: argparse.Namespace) -> int:
         rows.append(row)
         return row
 
-    todo: list[engine.Case | engine.PrefillCase | engine.MergeCase] = [
+    todo: list[engine.Case | engine.PrefillCase | engine.MergeCase | CacheCase] = [
         *engine.cases(on_gpu),
         *engine.prefills(on_gpu),
         *engine.merges(on_gpu),
+        *caches(on_gpu),
     ]
     found = map(keep, engine.run(todo, kv_lens, device, bandwidth))
     if arguments.json:
