@@ -1,5 +1,6 @@
 """Decodes and prefills the shapes of real models, merges states of one, and holds each result
-against the float64 reference.
+against the float64 reference; and what the operations of the cache leave, to the bit
+(`mla_triton.check_cache`).
 
 On a GPU the requests are long, of very different lengths, and what is right is timed as well. In
 Triton's interpreter the same kernels run as Python: fewer heads and keys, no word about speed.
@@ -18,6 +19,7 @@ import mla_triton
 from mla_triton import configs, select
 from mla_triton import device as devices
 from mla_triton.cache import LatentCache
+from mla_triton.check_cache import CacheCase
 from mla_triton.device import Device
 from mla_triton.testing import (
     MODELS,
@@ -268,7 +270,7 @@ def _interpreter_cases() -> list[Case]:
 
 
 def run(
-    todo: Iterable[Case | PrefillCase | MergeCase],
+    todo: Iterable[Case | PrefillCase | MergeCase | CacheCase],
     kv_lens: Sequence[int],
     device: torch.device,
     bandwidth: float | None,
@@ -282,7 +284,9 @@ def run(
             case.shape, str(case.dtype).removeprefix("torch."), case.call, "-", "-", False, ""
         )
         try:
-            if isinstance(case, MergeCase):
+            if isinstance(case, CacheCase):
+                yield _judged_cache(case, row, device)
+            elif isinstance(case, MergeCase):
                 yield _judged_merge(case, row, device, bandwidth)
             elif isinstance(case, PrefillCase):
                 yield _judged_prefill(case, row, device, bandwidth is not None)
@@ -353,6 +357,13 @@ def _judged_merge(case: MergeCase, row: Row, device: torch.device, bandwidth: fl
 
     us = timing.microseconds([call_on(copy) for copy in copies])
     return _with_time(row, us, moved, bandwidth)
+
+
+def _judged_cache(case: CacheCase, row: Row, device: torch.device) -> Row:
+    call = case.prepared(device)
+    implementation, config = _chosen(call.choose, call.problem, devices.of(device))
+    fault = call.fault()
+    return replace(row, implementation=implementation, config=config, ok=not fault, message=fault)
 
 
 def _with_report(row: Row, report: Report) -> Row:

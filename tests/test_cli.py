@@ -9,10 +9,11 @@ import torch
 from commands import answer, refused, run
 
 import mla_triton
-from mla_triton import check, cli, timing
+from mla_triton import check, check_cache, cli, timing
 from mla_triton import device as devices
 from mla_triton.configs import cache_directory
 from mla_triton.testing import decode_inputs
+from mla_triton.testing.caches import FORMS
 from mla_triton.testing.decode_changes import copied
 
 HAS_GPU = torch.cuda.is_available()
@@ -219,6 +220,7 @@ def few(monkeypatch: pytest.MonkeyPatch, count: int = 2) -> None:
     monkeypatch.setattr(check, "cases", lambda on_gpu: some)
     monkeypatch.setattr(check, "prefills", lambda on_gpu: [])
     monkeypatch.setattr(check, "merges", lambda on_gpu: [])
+    monkeypatch.setattr(check_cache, "caches", lambda on_gpu: [])
     monkeypatch.setattr(check, "LONG", check.SHORT)
 
 
@@ -418,6 +420,28 @@ def test_check_fails_where_a_merge_loses_a_state(monkeypatch, device):
     assert row.us is None
 
 
+@pytest.mark.parametrize("case", check_cache.caches(False), ids=lambda case: case.shape)
+def test_check_of_the_cache(case, device):
+    (row,) = check.run([case], check.SHORT, device, bandwidth=None)
+    assert row.ok, row.message
+    assert (row.implementation, row.us, row.error) == ("portable", None, None)
+    assert row.config != "-"
+
+
+@pytest.mark.parametrize("operation", ["append", "gather", "copy_pages"])
+def test_check_fails_where_the_cache_is_not_written(monkeypatch, device, operation):
+    def gather(*_: object, out: torch.Tensor, rope_out: torch.Tensor, **__: object):
+        return out, rope_out
+
+    does_nothing = gather if operation == "gather" else lambda *_, **__: None
+    monkeypatch.setattr(mla_triton, operation, does_nothing)
+    todo = [case for case in check_cache.caches(False) if case.operation == operation]
+    rows = list(check.run(todo, check.SHORT, device, bandwidth=None))
+    assert len(rows) == len(FORMS)
+    assert not any(row.ok for row in rows)
+    assert all("not the reference's" in row.message for row in rows)
+
+
 def test_explain_a_merge(capsys):
     facts = answer(capsys, "explain", "--capability", "8.9", "--states", "3", "--heads", "8")
     assert facts["implementation"] == "portable"
@@ -455,6 +479,6 @@ def test_check_turns_the_interpreter_on():
     facts = json.loads(done.stdout)
     assert facts["device"]["backend"] == "interpreter"
     assert facts["gpu_code_executed"] is False
-    others = [*check.prefills(False), *check.merges(False)]
+    others = [*check.prefills(False), *check.merges(False), *check_cache.caches(False)]
     assert len(facts["rows"]) == len(check.cases(False)) + len(others)
     assert {row["implementation"] for row in facts["rows"]} == {"portable"}

@@ -210,6 +210,7 @@ def check(arguments: argparse.Namespace) -> int:
     if arguments.deep:
         return deep.check(arguments)
     from mla_triton import check as engine
+    from mla_triton.check_cache import CacheCase, caches
 
     device = torch.device("cuda" if on_gpu else "cpu")
     bandwidth = engine.read_bandwidth(device) if on_gpu else None
@@ -221,10 +222,11 @@ def check(arguments: argparse.Namespace) -> int:
         rows.append(row)
         return row
 
-    todo: list[engine.Case | engine.PrefillCase | engine.MergeCase] = [
+    todo: list[engine.Case | engine.PrefillCase | engine.MergeCase | CacheCase] = [
         *engine.cases(on_gpu),
         *engine.prefills(on_gpu),
         *engine.merges(on_gpu),
+        *caches(on_gpu),
     ]
     found = map(keep, engine.run(todo, kv_lens, device, bandwidth))
     if arguments.json is not None:

@@ -52,7 +52,7 @@ def append(
             value.
         NotImplementedError: no implementation, or not `impl`, can take the problem; says why.
     """
-    parts = validate_stored.unpack_cache(cache)
+    parts = validate.unpack_cache(cache)
     validate.check_impl(impl)
     validate.check_tensor("latent", latent)
     validate.check_tensor("slot_mapping", slot_mapping)

@@ -53,7 +53,7 @@ def gather(
             value.
         NotImplementedError: no implementation, or not `impl`, can take the problem; says why.
     """
-    parts = validate_stored.unpack_cache(cache)
+    parts = validate.unpack_cache(cache)
     pages, indptr = validate.unpack_page_table(page_table)
     validate.check_tensor("cu_seqlens_k", cu_seqlens_k)
     validate.check_impl(impl)
