@@ -442,6 +442,58 @@ def test_check_fails_where_the_cache_is_not_written(monkeypatch, device, operati
     assert all("not the reference's" in row.message for row in rows)
 
 
+@pytest.mark.parametrize(
+    ("options", "count", "said"),
+    [
+        (["append", "--batch", "7", "--s-q", "2"], {"tokens": 14, "few": True}, "append of 14 tok"),
+        (["append", "--batch", "1025"], {"tokens": 1025, "few": False}, "append of 1025 tokens"),
+        (["gather", "--batch", "2", "--kv-len", "700"], {"rows": 1400}, "gather of 1400 tokens"),
+        (
+            ["copy_pages", "--batch", "3", "--kv-len", "65"],
+            {"pages": 6, "words": (656 * 64 // 4,)},
+            "copy of 6 pages of 41984 bytes",
+        ),
+    ],
+)
+def test_explain_an_operation_on_a_cache(capsys, options, count, said):
+    call = ["--capability", "8.9", "--cache-format", "fp8_ds_mla", "--cache-operation", *options]
+    facts = answer(capsys, "explain", *call)
+    problem = facts["problem"] | {"words": tuple(facts["problem"].get("words", ()))}
+    assert {name: problem[name] for name in count} == count
+    assert facts["implementation"] == "portable"
+    assert facts["config"]["source"] == "heuristic"
+    assert cli.main(["explain", *call]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"problem   {said}")
+    assert any(line.startswith("not       reference: ") for line in lines)
+    assert cli.main(["explain", *call, "--impl", "reference"]) == 0
+    assert "runs      reference" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("format_", "said"),
+    [
+        ("16bit", "latents bfloat16, rotary keys bfloat16, page 16"),
+        ("fp8", "latents float8_e4m3fn, rotary keys float8_e4m3fn, page 16, scales: one for all"),
+        ("fp8_ds_mla", "rotary keys bfloat16, page 16, scales: float32 for every 128 columns"),
+    ],
+)
+def test_explain_says_how_a_cache_holds_tokens(capsys, format_, said):
+    options = ["--cache-format", format_, "--page-size", "16", "--cache-operation", "gather"]
+    assert cli.main(["explain", *options]) == 0
+    assert capsys.readouterr().out.splitlines()[1].endswith(said)
+
+
+@pytest.mark.parametrize(
+    "options", [["--prefill"], ["--qk", "192"], ["--states", "2"], ["--ragged"]], ids=" ".join
+)
+def test_what_explain_refuses_of_a_cache(capsys, options):
+    with pytest.raises(SystemExit):
+        cli.main(["explain", "--cache-operation", "append", *options])
+    rule = f"{options[0][2:]} must be left out with --cache-operation, got "
+    assert rule in capsys.readouterr().err
+
+
 def test_explain_a_merge(capsys):
     facts = answer(capsys, "explain", "--capability", "8.9", "--states", "3", "--heads", "8")
     assert facts["implementation"] == "portable"

@@ -18,7 +18,7 @@ from mla_triton.cache.named import CACHE_FORMATS
 from mla_triton.cli import deep
 from mla_triton.cli.options import Commands, add_command, natural, positive, show
 from mla_triton.device import Device
-from mla_triton.explain import device_facts, device_line
+from mla_triton.explain import CacheProblem, device_facts, device_line
 from mla_triton.models import Model
 from mla_triton.problem import (
     DecodeProblem,
@@ -27,7 +27,10 @@ from mla_triton.problem import (
     RowSteps,
     usual_queries,
 )
-from mla_triton.tuning.deployment import DTYPES, MAX_HEADS
+from mla_triton.tuning import cache_calls
+from mla_triton.tuning.deployment import DTYPES, MAX_HEADS, describe
+
+CACHE_OPERATIONS = ("append", "gather", "copy_pages")
 
 
 def add_commands(commands: Commands) -> None:
@@ -68,6 +71,11 @@ def _add_shape(command: argparse.ArgumentParser) -> None:
         help="instead, a prefill of --batch sequences, --s-q queries and --kv-len keys each",
     )  # fmt: skip
     add("--qk", type=positive, metavar="N", help="columns of its queries and keys, --rope of them")
+    add(
+        "--cache-operation", choices=CACHE_OPERATIONS,
+        help="instead, an append of --batch x --s-q tokens, a gather of --batch x --kv-len, or a "
+        "copy of the pages that hold as many",
+    )  # fmt: skip
     add("--states", type=positive, metavar="N", help="a merge of N states that such a call leaves")
 
 
@@ -84,6 +92,10 @@ def explain(arguments: argparse.Namespace) -> int:
     """What would run, on the card here or one that is described."""
     try:
         device = _card(arguments)
+        if arguments.cache_operation is not None:
+            facts = explanation.of_cache(_of_cache(arguments), device, arguments.impl)
+            show(facts, arguments, explanation.cache_lines(facts))
+            return 0
         problem = _prefill(arguments) if arguments.prefill else _decode(arguments)
         if arguments.states is not None:
             facts = explanation.merge(_merge(arguments.states, problem), device, arguments.impl)
@@ -183,6 +195,26 @@ def _decode(arguments: argparse.Namespace) -> DecodeProblem:
         max_kv_len=max(1, arguments.kv_len),
     )
     return named.over(plain, arguments.cache_format)
+
+
+def _of_cache(arguments: argparse.Namespace) -> CacheProblem:
+    """The operation on a cache that the options describe; ValueError where they describe none."""
+    for name in ("qk", "prefill", "states", "ragged"):
+        value = getattr(arguments, name)
+        if value:
+            raise ValueError(f"{name} must be left out with --cache-operation, got {value}")
+    deployment = describe(
+        model=arguments.model, tp=arguments.tp, heads=arguments.heads, latent=arguments.latent,
+        rope=arguments.rope, value_dim=arguments.value_dim, dtype=arguments.dtype,
+        page_size=arguments.page_size, cache_format=arguments.cache_format,
+        table="csr" if arguments.csr else "dense",
+    )  # fmt: skip
+    if arguments.cache_operation == "append":
+        return next(cache_calls.appends(deployment, [arguments.batch * arguments.s_q]))
+    if arguments.cache_operation == "gather":
+        return next(cache_calls.gathers(deployment, [arguments.batch * arguments.kv_len]))
+    pages = arguments.batch * -(-arguments.kv_len // arguments.page_size)
+    return replace(next(cache_calls.copies(deployment)), pages=pages)
 
 
 def _merge(states: int, problem: DecodeProblem | PrefillProblem) -> MergeProblem:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -25,11 +25,11 @@ def _facts(*shape: int, kind: torch.dtype) -> Facts:
     return facts(made_without_memory(*shape, kind=kind))
 
 
-def appends(deployment: Deployment) -> Iterator[AppendProblem]:
+def appends(deployment: Deployment, counts: Sequence[int] = COUNTS) -> Iterator[AppendProblem]:
     """Tokens as views of one projection, to int64 slots; as they are, and through a norm and a
     rotation, angles in float32 and in the tokens' dtype."""
     for dtype, _, cache in deployment.caches():
-        for tokens in COUNTS:
+        for tokens in counts:
             for form in deployment.appends:
                 angles = () if form == "plain" or not deployment.rope else (torch.float32, dtype)
                 for angle in dict.fromkeys(angles or (None,)):
@@ -62,7 +62,7 @@ def _append(
     return problem
 
 
-def gathers(deployment: Deployment) -> Iterator[GatherProblem]:
+def gathers(deployment: Deployment, counts: Sequence[int] = COUNTS) -> Iterator[GatherProblem]:
     """Rows in the queries' dtype, from the first key of each request on and from a later one; the
     rotary keys apart and, where they may, behind the latents."""
     for dtype, _, cache in deployment.caches():
@@ -74,7 +74,7 @@ def gathers(deployment: Deployment) -> Iterator[GatherProblem]:
         for widths in apart:
             for table in deployment.tables:
                 for has_starts in (False, True):
-                    for rows in COUNTS:
+                    for rows in counts:
                         yield _gather(dtype, cache, widths, table == "csr", has_starts, rows)
 
 
