@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from mla_triton import debug, reference, select, validate, validate_gather, validate_stored
 from mla_triton import device as devices
-from mla_triton import reference, select, validate, validate_gather, validate_stored
 from mla_triton.cache import CSRPageTable, LatentCache
 from mla_triton.kernels.portable.gather import GatherTensors
 from mla_triton.ops.library import LIBRARY
@@ -110,6 +110,8 @@ def _gather(
 ) -> None:
     cache = LatentCache(ckv, kpe, scales)
     problem = validate_gather.gather(cache, pages, indptr, cu_seqlens_k, starts, out, rope_out)
+    if debug.wanted(out):
+        debug.check_gather(cache, pages, indptr, cu_seqlens_k, starts, problem.rows)
     device = devices.of(out.device)
     chosen = select.gather(problem, device, impl)
     if problem.rows == 0 or problem.batch == 0:

@@ -30,7 +30,13 @@ from mla_triton.testing.comparison import (
     same_bits,
 )
 from mla_triton.testing.gathers import GatherInputs, gather_inputs
-from mla_triton.testing.inputs import check_inputs, check_prefill_inputs
+from mla_triton.testing.inputs import (
+    check_append_inputs,
+    check_copy_inputs,
+    check_gather_inputs,
+    check_inputs,
+    check_prefill_inputs,
+)
 from mla_triton.testing.merges import MergeInputs, merge_inputs
 from mla_triton.testing.prefill_problems import PrefillInputs, prefill_inputs
 from mla_triton.testing.problems import (
@@ -60,6 +66,9 @@ __all__ = [
     "assert_within_budget",
     "budget_of",
     "cache_memory",
+    "check_append_inputs",
+    "check_copy_inputs",
+    "check_gather_inputs",
     "check_inputs",
     "check_prefill_inputs",
     "compare",
