@@ -127,8 +127,11 @@ def lines(figures: dict[str, Any]) -> list[str]:
         )  # fmt: skip
     text = results_file.columns(table).splitlines()
     recorded = json.loads(results_file.PEERS.read_text())["errors"]
-    ranges = (f"{name} {low:.2e} to {high:.2e}" for name, (low, high) in recorded.items())
-    return [*text, f"recorded of decodes in bfloat16: {', '.join(ranges)}"]
+    said = [
+        f"{name} {low:.2e}" + (f" to {high:.2e}" if high > low else "")
+        for name, (low, high) in recorded.items()
+    ]
+    return [*text, f"recorded of decodes in bfloat16: {', '.join(said)}"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

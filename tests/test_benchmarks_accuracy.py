@@ -46,7 +46,21 @@ def test_lines_name_the_recorded_errors():
     row = {"cell": "c", "dtype": "float16", "impl": "sm90", "error": 2e-3, "floor": 1e-3, "lse": 0}
     text = accuracy.lines({"cells": [row]})
     assert "2.00" in text[1]
-    assert "flashinfer 2.10e-03 to 2.50e-03" in text[-1]
+    assert "flashmla 1.75e-03, flashinfer 2.10e-03 to 2.50e-03, rounding" in text[-1]
+
+
+def test_the_page_has_what_is_measured():
+    """To the digits of the page; another BLAS adds in another order, which is far below them."""
+    page = (Path(__file__).parents[1] / "docs" / "accuracy.md").read_text()
+    section = page.split("## In figures")[1].split("\n## ")[0]
+    rows = [line.split("|")[2:4] for line in section.splitlines() if line.startswith("|")][2:]
+    written = [[float(cell) for cell in row] for row in rows[:4]]
+    if not accuracy.devices.interpreting():
+        pytest.skip("the page's rows are those of the interpreter")
+    for number, cell in enumerate(accuracy.INTERPRETED):
+        found = list(accuracy.rows(cell, "cpu"))
+        for row, name in ((2 * number, "error"), (2 * number + 1, "floor")):
+            assert [each[name] for each in found] == pytest.approx(written[row], rel=0.01)
 
 
 def test_without_a_gpu_small_shapes_are_interpreted(capsys, monkeypatch):
