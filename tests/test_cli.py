@@ -428,6 +428,15 @@ def test_check_of_the_cache(case, device):
     assert row.config != "-"
 
 
+def test_the_verdict_tells_budgets_from_bits(device):
+    todo = [*check.merges(False), *check_cache.caches(False)[:2]]
+    rows = list(check.run(todo, check.SHORT, device, bandwidth=None))
+    assert check.verdict(rows) == (
+        "all 1 shapes are within the error budget of the float64 reference, "
+        "2 operations on a cache are the reference's to the bit"
+    )
+
+
 @pytest.mark.parametrize("operation", ["append", "gather", "copy_pages"])
 def test_check_fails_where_the_cache_is_not_written(monkeypatch, device, operation):
     def gather(*_: object, out: torch.Tensor, rope_out: torch.Tensor, **__: object):
