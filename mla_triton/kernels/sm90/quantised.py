@@ -21,10 +21,10 @@ from typing import Any
 from mla_triton.kernels.common.launch import TYPE_NAMES, Launch, Variant
 from mla_triton.kernels.common.tensors import DecodeTensors
 from mla_triton.kernels.sm90 import quantised_steps
-from mla_triton.kernels.sm90.decode_config import BLOCK, Config
+from mla_triton.kernels.sm90.decode_config import BLOCK, Config, most_rows
 from mla_triton.kernels.sm90.gluon import GluonASTSource, gl, gluon
 from mla_triton.kernels.sm90.pieces import Call, barriers
-from mla_triton.kernels.sm90.views import maps, row_strides, sizes
+from mla_triton.kernels.sm90.views import maps, row_strides, scale_map, sizes
 from mla_triton.plan import Geometry
 from mla_triton.problem import DecodeProblem
 
@@ -34,6 +34,11 @@ SLOTS = 2
 """Blocks of latents in shared memory: one in hand, one on its way."""
 READY = {16: 2, 32: 2, 64: 0}
 """Operands that are made of latents before the weights are there, by rows: what registers hold."""
+STEP = {16: 64, 32: 64, 64: 32}
+"""Keys of such an operand."""
+GROUPED_READY = {16: 4, 32: 2}
+GROUPED_STEP = {16: 64, 32: 64}
+"""The same with scales of groups, where an operand has half as many columns."""
 ARGUMENTS = (
     ("q_nope", "*T"),
     ("q_rope", "*T"),
@@ -49,6 +54,7 @@ ARGUMENTS = (
     ("lse", "*fp32"),
     ("latent_map", "map of latents"),
     ("rope_map", "map of rotary keys"),
+    ("scale_map", "map of scales"),
     ("q_nope_stride_b", "i64"),
     ("q_nope_stride_s", "i64"),
     ("q_nope_stride_h", "i64"),
@@ -92,7 +98,7 @@ _Shared, _attend, _load_bytes = (
 @gluon.jit
 def quantised_kernel(
     q_nope, q_rope, scales, pages, indptr, kv_lens, cu_seqlens_q, schedule,
-    partial_out, partial_lse, out, lse, latent_map, rope_map,
+    partial_out, partial_lse, out, lse, latent_map, rope_map, scale_map,
     q_nope_stride_b, q_nope_stride_s, q_nope_stride_h,
     q_rope_stride_b, q_rope_stride_s, q_rope_stride_h,
     out_stride_b, out_stride_s, out_stride_h, lse_stride_b, lse_stride_s, lse_stride_h,
@@ -100,7 +106,7 @@ def quantised_kernel(
     num_pages, parts, scale_log2,
     VALUE: gl.constexpr, TAIL: gl.constexpr, PAGE_SIZE: gl.constexpr, CSR: gl.constexpr,
     RAGGED: gl.constexpr, CAUSAL: gl.constexpr, ROWS: gl.constexpr, TILE: gl.constexpr,
-    SLOTS: gl.constexpr, READY: gl.constexpr,
+    GROUPS: gl.constexpr, SLOTS: gl.constexpr, READY: gl.constexpr, STEP: gl.constexpr,
 ):  # fmt: skip
     BYTES: gl.constexpr = gl.NVMMASharedLayout(128, 8, 2)
     QUERY: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -112,16 +118,26 @@ def quantised_kernel(
     )  # fmt: skip
     query = gl.allocate_shared_memory(gl.float16, [VALUE // _CHUNK, ROWS, _CHUNK], QUERY)
     latent = gl.allocate_shared_memory(E4M3, [SLOTS, KEYS, VALUE], BYTES)
-    if TAIL > 0:
+    if GROUPS > 0:
+        PLAIN: gl.constexpr = gl.NVMMASharedLayout(0, 32, 2)
+        query_rope = gl.allocate_shared_memory(rope_map.dtype, [1, ROWS, TAIL], QUERY)
+        rope = gl.allocate_shared_memory(rope_map.dtype, [1, KEYS, TAIL], QUERY)
+        key_scales = gl.allocate_shared_memory(gl.float32, [SLOTS, KEYS, GROUPS], PLAIN)
+        words = latent._reinterpret(gl.int16, [SLOTS, KEYS, VALUE // 2], QUERY)
+        weights = gl.allocate_shared_memory(gl.bfloat16, [GROUPS, KEYS, ROWS], WEIGHTS)
+    elif TAIL > 0:
         ROPE_BYTES: gl.constexpr = gl.NVMMASharedLayout(TAIL, 8, 2)
         query_rope = gl.allocate_shared_memory(gl.float16, [1, ROWS, TAIL], QUERY)
         rope = gl.allocate_shared_memory(E4M3, [1, KEYS, TAIL], ROPE_BYTES)
     else:
         query_rope = query
         rope = latent
+    if GROUPS == 0:
+        key_scales = latent
+        words = latent
+        weights = gl.allocate_shared_memory(gl.float16, [1, KEYS, ROWS], WEIGHTS)
     shared = _Shared(
-        query, query_rope, latent, rope,
-        gl.allocate_shared_memory(gl.float16, [1, KEYS, ROWS], WEIGHTS),
+        query, query_rope, latent, words, rope, key_scales, weights,
         barriers(SLOTS, 1), barriers(SLOTS, 1), barriers(1, 1), barriers(1, 1),
     )  # fmt: skip
     gl.warp_specialize(
@@ -131,11 +147,12 @@ def quantised_kernel(
                 scale_log2, q_nope_stride_b, q_nope_stride_s, q_nope_stride_h,
                 q_rope_stride_b, q_rope_stride_s, q_rope_stride_h,
                 out_stride_b, out_stride_s, out_stride_h,
-                lse_stride_b, lse_stride_s, lse_stride_h, VALUE, TAIL, SLOTS, READY,
+                lse_stride_b, lse_stride_s, lse_stride_h, VALUE, TAIL, GROUPS, SLOTS,
+                READY, STEP,
             )),
             (_load_bytes, (
-                call, shared, latent_map, rope_map, rope_column, page_rows, num_pages, VALUE,
-                TAIL, SLOTS,
+                call, shared, latent_map, rope_map, scale_map, rope_column, page_rows, num_pages,
+                VALUE, TAIL, GROUPS, SLOTS,
             )),
         ],
         [1],
@@ -146,25 +163,33 @@ def quantised_kernel(
 def variant(problem: DecodeProblem, config: Config, geometry: Geometry) -> Variant:
     """The kernel for a problem: everything but sizes that change from step to step is constant."""
     box = min(BLOCK, problem.page_size, geometry.kv_tile)
+    tail, groups = problem.key_tail, groups_of(problem)
+    rows = rows_of(problem, geometry)
+    rope = map_type("fp8e4nv", box, tail or CHUNK, tail or CHUNK)
+    if groups:
+        rope = map_type(TYPE_NAMES[problem.dtype], box, tail, 2 * tail)
     kinds = {
         "*T": f"*{TYPE_NAMES[problem.dtype]}",
-        "map of latents": map_type(box, problem.value_dim, CHUNK),
-        "map of rotary keys": map_type(box, problem.key_tail or CHUNK, problem.key_tail or CHUNK),
+        "map of latents": map_type("fp8e4nv", box, problem.value_dim, CHUNK),
+        "map of rotary keys": rope,
+        "map of scales": map_type("fp32", box, groups, 0) if groups else rope,
     }
     return Variant(
         quantised_kernel,
         tuple((name, kinds.get(kind, kind)) for name, kind in ARGUMENTS),
         (
             ("VALUE", problem.value_dim),
-            ("TAIL", problem.key_tail),
+            ("TAIL", tail),
             ("PAGE_SIZE", problem.page_size),
             ("CSR", problem.csr),
             ("RAGGED", problem.ragged),
             ("CAUSAL", problem.causal),
-            ("ROWS", geometry.row_tile),
+            ("ROWS", rows),
             ("TILE", geometry.kv_tile),
+            ("GROUPS", groups),
             ("SLOTS", SLOTS),
-            ("READY", READY[geometry.row_tile]),
+            ("READY", (GROUPED_READY if groups else READY)[rows]),
+            ("STEP", (GROUPED_STEP if groups else STEP)[rows]),
         ),
         ALIGNED,
         num_warps=8,
@@ -174,15 +199,29 @@ def variant(problem: DecodeProblem, config: Config, geometry: Geometry) -> Varia
     )
 
 
-def map_type(rows: int, columns: int, swizzle: int) -> str:
-    """What Triton calls a TMA descriptor of boxes of bytes."""
-    layout = gl.NVMMASharedLayout(swizzle, 8, 2)
-    return f"tensordesc<fp8e4nv[{rows}, {columns}],{layout!r}>"
+def groups_of(problem: DecodeProblem) -> int:
+    """Scales of a latent; 0 where one is for all latents."""
+    assert problem.storage is not None
+    return problem.value_dim // problem.storage.group if problem.storage.group else 0
+
+
+def rows_of(problem: DecodeProblem, geometry: Geometry) -> int:
+    """Rows of a program: those of the schedule's tile, or half of them, of which two programs side
+    by side have one each."""
+    return min(geometry.row_tile, most_rows(problem))
+
+
+def map_type(kind: str, rows: int, columns: int, swizzle: int) -> str:
+    """What Triton calls a TMA descriptor of boxes of numbers of a kind."""
+    bits = {"fp8e4nv": 8, "fp32": 32}.get(kind, 16)
+    layout = gl.NVMMASharedLayout(swizzle, bits, 2)
+    return f"tensordesc<{kind}[{rows}, {columns}],{layout!r}>"
 
 
 def arguments(problem: DecodeProblem, geometry: Geometry, tensors: DecodeTensors) -> list[Any]:
     """The run-time arguments, in the order of `ARGUMENTS`."""
     t = tensors
+    latents, rope = maps(problem, t)
     return [
         t.q_nope,
         t.q_rope,
@@ -196,7 +235,9 @@ def arguments(problem: DecodeProblem, geometry: Geometry, tensors: DecodeTensors
         t.partial_lse,
         t.out,
         t.lse,
-        *maps(problem, t),
+        latents,
+        rope,
+        scale_map(problem, t) if groups_of(problem) else rope,
         *row_strides(problem, t),
         t.pages.shape[0] if problem.csr else t.pages.stride(0),
         problem.page_slots,
@@ -209,4 +250,5 @@ def launch(
     launcher: Launch, problem: DecodeProblem, geometry: Geometry, tensors: DecodeTensors
 ) -> None:
     """Writes `out` and `lse`, or partial results where the schedule cuts a group."""
-    launcher((geometry.lanes, geometry.parts, 1), arguments(problem, geometry, tensors))
+    lanes = geometry.lanes * (geometry.row_tile // rows_of(problem, geometry))
+    launcher((lanes, geometry.parts, 1), arguments(problem, geometry, tensors))
