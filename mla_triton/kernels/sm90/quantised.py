@@ -20,7 +20,7 @@ from typing import Any
 
 from mla_triton.kernels.common.launch import TYPE_NAMES, Launch, Variant
 from mla_triton.kernels.common.tensors import DecodeTensors
-from mla_triton.kernels.sm90 import quantised_steps
+from mla_triton.kernels.sm90 import quantised_operands, quantised_steps
 from mla_triton.kernels.sm90.decode_config import BLOCK, Config, most_rows
 from mla_triton.kernels.sm90.gluon import GluonASTSource, gl, gluon
 from mla_triton.kernels.sm90.pieces import Call, barriers
@@ -86,8 +86,8 @@ ALIGNED = frozenset(
     if name in ("q_nope", "q_rope", "out", "partial_out", "rope_column")
     or (name.startswith(("q_", "out_")) and "_stride_" in name)
 )
-CHUNK = quantised_steps.CHUNK.value
-_CHUNK, KEYS = quantised_steps.CHUNK, quantised_steps.KEYS
+CHUNK = quantised_operands.CHUNK.value
+_CHUNK, KEYS = quantised_operands.CHUNK, quantised_operands.KEYS
 _Shared, _attend, _load_bytes = (
     quantised_steps.Shared,
     quantised_steps.attend,

@@ -135,9 +135,7 @@ NaN already.
 
 
 @gluon.jit
-def grouped_value_operand(
-    shared, slot, turn, STEP: gl.constexpr, LAYOUT: gl.constexpr
-):
+def grouped_value_operand(shared, slot, turn, STEP: gl.constexpr, LAYOUT: gl.constexpr):
     """latents^T of the 128 columns of a group of `STEP` keys of a block."""
     part = shared.words.index(slot).slice(turn // (KEYS // STEP) * WORDS, WORDS, dim=1)
     part = part.slice(turn % (KEYS // STEP) * STEP, STEP, dim=0)

@@ -138,7 +138,7 @@ def load_bytes(
                 mbarrier.expect(rope_full, ROPE_BYTES)
                 for box in gl.static_range(KEYS // BOX):
                     into = shared.rope.index(0).slice(box * BOX, BOX, dim=0)
-                    copy_tile(rope_map, [rows[box], rope_column], rope_full, into)  # type: ignore
+                    copy_tile(rope_map, [rows[box], rope_column], rope_full, into)
             step += 1
 
 
@@ -338,9 +338,6 @@ def attend(
         for block in range(begin_key, end_key, KEYS):
             slot = step % SLOTS
             mbarrier.wait(shared.full.index(slot), step // SLOTS & 1)
-            if GROUPS == 0:
-                if block + KEYS > end_key:
-                    clear_past(shared, slot, end_key - block, VALUE)
             # Zero, but not to the compiler: it would keep a descriptor for every step of a product.
             zero = block >> 31
             if GROUPS > 0:
@@ -348,14 +345,17 @@ def attend(
                 others, scores = multiply_grouped_keys(
                     shared, step, slot, zero, key_scales, factor, ROWS, GROUPS, PRODUCT
                 )
-            elif ROWS > 32:
-                scores = multiply_key_halves(
-                    shared, step, slot, zero, rope_ratio, ROWS, VALUE, TAIL, PRODUCT
-                )
             else:
-                scores = multiply_keys(
-                    shared, step, slot, zero, rope_ratio, ROWS, VALUE, TAIL, PRODUCT
-                )
+                if block + KEYS > end_key:
+                    clear_past(shared, slot, end_key - block, VALUE)
+                if ROWS > 32:
+                    scores = multiply_key_halves(
+                        shared, step, slot, zero, rope_ratio, ROWS, VALUE, TAIL, PRODUCT
+                    )
+                else:
+                    scores = multiply_keys(
+                        shared, step, slot, zero, rope_ratio, ROWS, VALUE, TAIL, PRODUCT
+                    )
             # What does not need the weights is made ready before they are waited for.
             ready = ()
             for turn in gl.static_range(READY):
