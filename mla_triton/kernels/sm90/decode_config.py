@@ -25,7 +25,7 @@ OVERHEAD = 5
 """Cost of beginning a group (its queries, its first load, its result), in blocks."""
 QUANTISED_ROW_TILES = (16, 32, 64)
 """The same over a cache of e4m3 numbers, where the keys are a product's rows."""
-GROUPED_ROWS = 32
+GROUPED_ROWS = 64
 """Of a program at most with scales of groups, whose weights take four times the shared memory: 64
 rows of a schedule tile are two programs."""
 GROUP = 128

@@ -32,12 +32,15 @@ REGISTERS_AT_LAUNCH = 168
 LOADER_REGISTERS = gl.constexpr(24)
 SLOTS = 2
 """Blocks of latents in shared memory: one in hand, one on its way."""
+GROUPED_KEYS = {16: 128, 32: 128, 64: 64}
+"""Keys of a block by rows with scales of groups, whose weights take four times the memory."""
+GROUPED_SLOTS = {16: 2, 32: 2, 64: 3}
 READY = {16: 2, 32: 2, 64: 0}
 """Operands that are made of latents before the weights are there, by rows: what registers hold."""
 STEP = {16: 64, 32: 64, 64: 32}
 """Keys of such an operand."""
-GROUPED_READY = {16: 4, 32: 2}
-GROUPED_STEP = {16: 64, 32: 64}
+GROUPED_READY = {16: 4, 32: 2, 64: 0}
+GROUPED_STEP = {16: 64, 32: 64, 64: 32}
 """The same with scales of groups, where an operand has half as many columns."""
 ARGUMENTS = (
     ("q_nope", "*T"),
@@ -87,7 +90,8 @@ ALIGNED = frozenset(
     or (name.startswith(("q_", "out_")) and "_stride_" in name)
 )
 CHUNK = quantised_operands.CHUNK.value
-_CHUNK, KEYS = quantised_operands.CHUNK, quantised_operands.KEYS
+KEYS = quantised_operands.KEYS.value
+_CHUNK = quantised_operands.CHUNK
 _Shared, _attend, _load_bytes = (
     quantised_steps.Shared,
     quantised_steps.attend,
@@ -106,7 +110,8 @@ def quantised_kernel(
     num_pages, parts, scale_log2,
     VALUE: gl.constexpr, TAIL: gl.constexpr, PAGE_SIZE: gl.constexpr, CSR: gl.constexpr,
     RAGGED: gl.constexpr, CAUSAL: gl.constexpr, ROWS: gl.constexpr, TILE: gl.constexpr,
-    GROUPS: gl.constexpr, SLOTS: gl.constexpr, READY: gl.constexpr, STEP: gl.constexpr,
+    GROUPS: gl.constexpr, KEYS: gl.constexpr, SLOTS: gl.constexpr, READY: gl.constexpr,
+    STEP: gl.constexpr,
 ):  # fmt: skip
     BYTES: gl.constexpr = gl.NVMMASharedLayout(128, 8, 2)
     QUERY: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -147,12 +152,12 @@ def quantised_kernel(
                 scale_log2, q_nope_stride_b, q_nope_stride_s, q_nope_stride_h,
                 q_rope_stride_b, q_rope_stride_s, q_rope_stride_h,
                 out_stride_b, out_stride_s, out_stride_h,
-                lse_stride_b, lse_stride_s, lse_stride_h, VALUE, TAIL, GROUPS, SLOTS,
-                READY, STEP,
+                lse_stride_b, lse_stride_s, lse_stride_h, VALUE, TAIL, GROUPS, KEYS,
+                SLOTS, READY, STEP,
             )),
             (_load_bytes, (
                 call, shared, latent_map, rope_map, scale_map, rope_column, page_rows, num_pages,
-                VALUE, TAIL, GROUPS, SLOTS,
+                VALUE, TAIL, GROUPS, KEYS, SLOTS,
             )),
         ],
         [1],
@@ -187,7 +192,8 @@ def variant(problem: DecodeProblem, config: Config, geometry: Geometry) -> Varia
             ("ROWS", rows),
             ("TILE", geometry.kv_tile),
             ("GROUPS", groups),
-            ("SLOTS", SLOTS),
+            ("KEYS", GROUPED_KEYS[rows] if groups else KEYS),
+            ("SLOTS", GROUPED_SLOTS[rows] if groups else SLOTS),
             ("READY", (GROUPED_READY if groups else READY)[rows]),
             ("STEP", (GROUPED_STEP if groups else STEP)[rows]),
         ),

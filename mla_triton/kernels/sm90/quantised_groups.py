@@ -23,32 +23,38 @@ from mla_triton.kernels.sm90.gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from mla_triton.kernels.sm90.quantised_operands import CHUNK, KEYS, as_operand, key_bytes
+from mla_triton.kernels.sm90.quantised_operands import (
+    CHUNK,
+    as_operand,
+    in_halves,
+    key_bytes,
+    warps_of_keys,
+)
 
 WORDS = gl.constexpr(64)
 """Pairs of columns of a group."""
 
 
 @gluon.constexpr_function
-def scale_numbers():
-    """A layout of `[128, 4]` scales: a thread has those of the two keys that are its rows of a
+def scale_numbers(keys):
+    """A layout of `[keys, 4]` scales: a thread has those of the two keys that are its rows of a
     product."""
     return gl.DistributedLinearLayout(
         [[0, 1], [0, 2], [8, 0]],
         [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]],
-        [[16, 0], [32, 0], [64, 0]],
+        warps_of_keys(keys),
         [],
-        [KEYS.value, 4],
+        [keys, 4],
     )
 
 
 @gluon.jit
 def load_scales(shared, slot, valid, block_keys):
-    """The scales of a block, for each group `[128]`; from key `valid` on 0, for what lies there may
-    be NaN, and a weight of 0 times NaN is."""
+    """The scales of a block, for each group `[keys]`; from key `valid` on 0: what lies there may be
+    NaN, and a weight of 0 times NaN is."""
     LAYOUT: gl.constexpr = block_keys.type.layout
-    scales = shared.scales.index(slot).load(scale_numbers())
-    even, odd = scales.reshape([KEYS, 2, 2]).split()
+    scales = shared.scales.index(slot).load(scale_numbers(block_keys.shape[0]))
+    even, odd = scales.reshape([block_keys.shape[0], 2, 2]).split()
     first, third = even.split()
     second, fourth = odd.split()
     inside = block_keys < valid
@@ -63,9 +69,9 @@ def load_scales(shared, slot, valid, block_keys):
 @gluon.jit
 def multiply_grouped_keys(
     shared, step, slot, zero, scales, factor, ROWS: gl.constexpr, GROUPS: gl.constexpr,
-    LAYOUT: gl.constexpr,
+    KEYS: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Starts keys x queries^T of a block, `[128, queries]`: (scores but for the last group, the
+    """Starts keys x queries^T of a block, `[keys, queries]`: (scores but for the last group, the
     products of that, which are under way).
 
     Scores are of the queries as they are: of a latent's columns their multiples by 1 / `factor`
@@ -77,7 +83,7 @@ def multiply_grouped_keys(
     product = warpgroup_mma(shared.rope.index(0), queries, scores, use_acc=False, is_async=True)
     for group in gl.static_range(GROUPS):
         part = shared.latent.index(slot).slice(group * CHUNK, CHUNK, dim=1)
-        keys = as_operand(part.load(key_bytes(CHUNK)), LAYOUT)
+        keys = as_operand(part.load(key_bytes(CHUNK, KEYS)), LAYOUT)
         queries = shared.query.index(zero + group).permute((1, 0))
         fresh = gl.zeros([KEYS, ROWS], gl.float32, LAYOUT)
         fresh = warpgroup_mma(keys, queries, fresh, use_acc=False, is_async=True)
@@ -93,8 +99,41 @@ def multiply_grouped_keys(
 
 
 @gluon.jit
+def multiply_grouped_key_halves(
+    shared, step, slot, zero, scales, factor, ROWS: gl.constexpr, GROUPS: gl.constexpr,
+    KEYS: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """The same in products of half as many columns, with one accumulator less."""
+    HALF: gl.constexpr = CHUNK // 2
+    product = gl.zeros([KEYS, ROWS], gl.float32, LAYOUT)
+    mbarrier.wait(shared.rope_full.index(0), step & 1)
+    queries = shared.query_rope.index(zero).permute((1, 0))
+    product = warpgroup_mma(shared.rope.index(0), queries, product, use_acc=False, is_async=True)
+    scores = product
+    for group in gl.static_range(GROUPS):
+        part = shared.latent.index(slot).slice(group * CHUNK, CHUNK, dim=1)
+        halves = in_halves(part.load(key_bytes(CHUNK, KEYS)))
+        for half in gl.static_range(2):
+            keys = as_operand(halves[half], LAYOUT)
+            queries = shared.query.index(zero + group).slice(half * HALF, HALF, dim=1)
+            if half == 0:
+                # The sum of the group before this one is scaled before another takes its place.
+                product = warpgroup_mma_wait(0, deps=(product,))
+                if group == 0:
+                    mbarrier.arrive(shared.rope_empty.index(0), count=1)
+                    scores = product
+                else:
+                    scores += product * gl.expand_dims(scales[group - 1] * factor, 1)
+                product = gl.zeros([KEYS, ROWS], gl.float32, LAYOUT)
+            product = warpgroup_mma(
+                keys, queries.permute((1, 0)), product, use_acc=half > 0, is_async=True
+            )
+    return scores, product
+
+
+@gluon.jit
 def store_scaled_weights(shared, weights, scales, zero, GROUPS: gl.constexpr):
-    """For each group the weights of a block times its scales, `[128, queries]`."""
+    """For each group the weights of a block times its scales, `[keys, queries]`."""
     for group in gl.static_range(GROUPS):
         scaled = weights * gl.expand_dims(scales[group], 1)
         shared.weights.index(zero + group).store(scaled.to(gl.bfloat16))
@@ -135,7 +174,9 @@ NaN already.
 
 
 @gluon.jit
-def grouped_value_operand(shared, slot, turn, STEP: gl.constexpr, LAYOUT: gl.constexpr):
+def grouped_value_operand(
+    shared, slot, turn, STEP: gl.constexpr, KEYS: gl.constexpr, LAYOUT: gl.constexpr
+):
     """latents^T of the 128 columns of a group of `STEP` keys of a block."""
     part = shared.words.index(slot).slice(turn // (KEYS // STEP) * WORDS, WORDS, dim=1)
     part = part.slice(turn % (KEYS // STEP) * STEP, STEP, dim=0)

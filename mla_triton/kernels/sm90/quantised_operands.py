@@ -23,17 +23,23 @@ TOP_EXPONENT = gl.constexpr(14)
 
 
 @gluon.constexpr_function
-def key_bytes(columns):
-    """A layout of `[128, columns]` bytes of keys: a thread has a quarter of the columns of two
-    rows, 16 or 32 bytes side by side, which `as_operand` makes those that wgmma wants of it."""
+def key_bytes(columns, keys):
+    """A layout of `[keys, columns]` bytes of keys: a thread has a quarter of the columns of two
+    rows, 16 or 32 bytes side by side, which `as_operand` makes those that wgmma wants of it. 64
+    keys are the rows of a product of either warpgroup."""
     registers, column = [], 1
     while column < columns // 4:
         registers.append([0, column])
         column *= 2
     lanes = [[0, column], [0, 2 * column], [1, 0], [2, 0], [4, 0]]
     return gl.DistributedLinearLayout(
-        [*registers, [8, 0]], lanes, [[16, 0], [32, 0], [64, 0]], [], [KEYS.value, columns]
+        [*registers, [8, 0]], lanes, warps_of_keys(keys), [], [keys, columns]
     )
+
+
+@gluon.constexpr_function
+def warps_of_keys(keys):
+    return [[16, 0], [32, 0], [64 if keys > 64 else 0, 0]]
 
 
 @gluon.jit
@@ -48,6 +54,15 @@ def as_operand(keys, LAYOUT: gl.constexpr):
     """Bytes of keys in `key_bytes` as the first operand of a product."""
     rows = in_product_order(keys.to(gl.float16), keys.shape[1])
     return gl.convert_layout(rows, gl.DotOperandLayout(0, LAYOUT, 2), assert_trivial=True)
+
+
+@gluon.jit
+def in_halves(keys):
+    """Bytes of keys in `key_bytes` as two tensors of half the columns each, in that layout."""
+    quarters = keys.reshape([keys.shape[0], 4, 2, keys.shape[1] // 32, 2, 2])
+    first, second = quarters.permute([0, 1, 3, 4, 5, 2]).split()
+    shape: gl.constexpr = [keys.shape[0], keys.shape[1] // 2]
+    return first.reshape(shape), second.reshape(shape)
 
 
 @gluon.constexpr_function

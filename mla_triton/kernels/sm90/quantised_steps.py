@@ -35,6 +35,7 @@ from mla_triton.kernels.sm90.quantised_groups import (
     group_as_rows_of_output,
     grouped_value_operand,
     load_scales,
+    multiply_grouped_key_halves,
     multiply_grouped_keys,
     store_scaled_weights,
 )
@@ -45,6 +46,7 @@ from mla_triton.kernels.sm90.quantised_operands import (
     PAIR,
     as_operand,
     as_rows_of_output,
+    in_halves,
     in_row_order,
     key_bytes,
     prepare_queries,
@@ -93,7 +95,8 @@ class Shared:
 @gluon.jit
 def load_bytes(
     call, shared, latent_map, rope_map, scale_map, rope_column, page_rows, num_pages,
-    VALUE: gl.constexpr, TAIL: gl.constexpr, GROUPS: gl.constexpr, SLOTS: gl.constexpr,
+    VALUE: gl.constexpr, TAIL: gl.constexpr, GROUPS: gl.constexpr, KEYS: gl.constexpr,
+    SLOTS: gl.constexpr,
 ):  # fmt: skip
     """The loader: every key block of every group into the slots, as they become free."""
     ROPE_BYTES: gl.constexpr = KEYS * TAIL * rope_map.dtype.primitive_bitwidth // 8
@@ -157,12 +160,12 @@ def multiply_keys(
     scores = gl.zeros([KEYS, ROWS], gl.float32, LAYOUT)
     if TAIL > 0:
         mbarrier.wait(shared.rope_full.index(0), step & 1)
-        keys = as_operand(shared.rope.index(0).load(key_bytes(TAIL)), LAYOUT)
+        keys = as_operand(shared.rope.index(0).load(key_bytes(TAIL, KEYS)), LAYOUT)
         queries = shared.query_rope.index(zero).permute((1, 0))
         scores = warpgroup_mma(keys, queries, scores, use_acc=False, is_async=True)
     for chunk in gl.static_range(VALUE // CHUNK):
         part = shared.latent.index(slot).slice(chunk * CHUNK, CHUNK, dim=1)
-        keys = as_operand(part.load(key_bytes(CHUNK)), LAYOUT)
+        keys = as_operand(part.load(key_bytes(CHUNK, KEYS)), LAYOUT)
         if TAIL > 0 and chunk == 0:
             scores = warpgroup_mma_wait(0, deps=(scores,)) * rope_ratio
             mbarrier.arrive(shared.rope_empty.index(0), count=1)
@@ -185,18 +188,16 @@ def multiply_key_halves(
     scores = gl.zeros([KEYS, ROWS], gl.float32, LAYOUT)
     if TAIL > 0:
         mbarrier.wait(shared.rope_full.index(0), step & 1)
-        keys = as_operand(shared.rope.index(0).load(key_bytes(TAIL)), LAYOUT)
+        keys = as_operand(shared.rope.index(0).load(key_bytes(TAIL, KEYS)), LAYOUT)
         queries = shared.query_rope.index(zero).permute((1, 0))
         scores = warpgroup_mma(keys, queries, scores, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=(scores,)) * rope_ratio
         mbarrier.arrive(shared.rope_empty.index(0), count=1)
     for chunk in gl.static_range(VALUE // CHUNK):
         part = shared.latent.index(slot).slice(chunk * CHUNK, CHUNK, dim=1)
-        pairs = part.load(key_bytes(CHUNK)).reshape([KEYS, 4, 2, 4, 2, 2])
-        halves = pairs.permute([0, 1, 3, 4, 5, 2]).split()
+        halves = in_halves(part.load(key_bytes(CHUNK, KEYS)))
         for half in gl.static_range(2):
-            keys = halves[half].reshape([KEYS, HALF])
-            keys = as_operand(keys, LAYOUT)
+            keys = as_operand(halves[half], LAYOUT)
             queries = shared.query.index(zero + chunk).slice(half * HALF, HALF, dim=1)
             queries = queries.permute((1, 0))
             is_first = TAIL == 0 and chunk == 0 and half == 0
@@ -208,11 +209,12 @@ def multiply_key_halves(
 
 @gluon.jit
 def value_operand(
-    shared, slot, turn, STEP: gl.constexpr, GROUPS: gl.constexpr, LAYOUT: gl.constexpr
-):
+    shared, slot, turn, STEP: gl.constexpr, KEYS: gl.constexpr, GROUPS: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
     """latents^T of the next columns of `STEP` keys of a block: of 256, or of a group."""
     if GROUPS > 0:
-        return grouped_value_operand(shared, slot, turn, STEP, LAYOUT)
+        return grouped_value_operand(shared, slot, turn, STEP, KEYS, LAYOUT)
     else:
         part = shared.latent.index(slot).slice(turn // (KEYS // STEP) * PAIR, PAIR, dim=1)
         part = part.slice(turn % (KEYS // STEP) * STEP, STEP, dim=0)
@@ -272,9 +274,23 @@ def store_partial_rows(
     gl.store(addresses, values, mask=inside, eviction_policy="evict_last")
 
 
+@gluon.constexpr_function
+def scores_layout(keys, rows):
+    """Of `[keys, queries]`: a warpgroup has 64 of 128 keys, or half of the queries of 64 keys."""
+    if keys > 64:
+        return gl.NVMMADistributedLayout([3, 0], [8, 1], [16, rows, 16])
+    return gl.NVMMADistributedLayout([3, 0], [4, 2], [16, rows // 2, 16])
+
+
+@gluon.jit
+def sums_of_thread(weights):
+    """Sums over the two keys of a block that are a thread's own, `[keys / 16, 8, queries]`."""
+    return gl.sum(weights.reshape([weights.shape[0] // 16, 2, 8, weights.shape[1]]), 1)
+
+
 @gluon.jit
 def as_factor(factor, SUMS: gl.constexpr):
-    """A factor for each query as one of a thread's own sums, `[8, 8, queries]`."""
+    """A factor for each query as one of a thread's own sums."""
     each = gl.convert_layout(factor, gl.SliceLayout(0, gl.SliceLayout(0, SUMS)))
     return gl.expand_dims(gl.expand_dims(each, 0), 0)
 
@@ -293,17 +309,18 @@ def attend(
     call, shared, q_nope, q_rope, scales, out, lse, partial_out, partial_lse, scale_log2,
     nope_stride_b, nope_stride_s, nope_stride_h, rope_stride_b, rope_stride_s, rope_stride_h,
     out_stride_b, out_stride_s, out_stride_h, lse_stride_b, lse_stride_s, lse_stride_h,
-    VALUE: gl.constexpr, TAIL: gl.constexpr, GROUPS: gl.constexpr, SLOTS: gl.constexpr,
-    READY: gl.constexpr, STEP: gl.constexpr,
+    VALUE: gl.constexpr, TAIL: gl.constexpr, GROUPS: gl.constexpr, KEYS: gl.constexpr,
+    SLOTS: gl.constexpr, READY: gl.constexpr, STEP: gl.constexpr,
 ):  # fmt: skip
     """Both warpgroups."""
     ROWS: gl.constexpr = call.ROWS
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, ROWS, 16])
-    BY_ROW: gl.constexpr = gl.SliceLayout(0, PRODUCT)
+    SCORES: gl.constexpr = scores_layout(KEYS, ROWS)
+    BY_ROW: gl.constexpr = gl.SliceLayout(0, SCORES)
     TURNS: gl.constexpr = KEYS // STEP
     WIDTH: gl.constexpr = CHUNK if GROUPS > 0 else PAIR
     tile_rows = gl.arange(0, ROWS, BY_ROW)
-    block_keys = gl.arange(0, KEYS, gl.SliceLayout(1, PRODUCT))
+    block_keys = gl.arange(0, KEYS, gl.SliceLayout(1, SCORES))
     cuts = call.groups()
     if GROUPS > 0:
         is_zero = False
@@ -333,7 +350,7 @@ def attend(
         for _ in gl.static_range(VALUE // WIDTH):
             accumulators += (gl.zeros([WIDTH, ROWS], gl.float32, PRODUCT),)  # type: ignore
         running_max = gl.full([ROWS], LOWEST, gl.float32, BY_ROW)
-        sums = gl.sum(gl.zeros([KEYS, ROWS], gl.float32, PRODUCT).reshape([8, 2, 8, ROWS]), 1)
+        sums = sums_of_thread(gl.zeros([KEYS, ROWS], gl.float32, SCORES))
         SUMS: gl.constexpr = sums.type.layout
         for block in range(begin_key, end_key, KEYS):
             slot = step % SLOTS
@@ -342,9 +359,14 @@ def attend(
             zero = block >> 31
             if GROUPS > 0:
                 key_scales = load_scales(shared, slot, end_key - block, block_keys)
-                others, scores = multiply_grouped_keys(
-                    shared, step, slot, zero, key_scales, factor, ROWS, GROUPS, PRODUCT
-                )
+                if ROWS > 32:
+                    others, scores = multiply_grouped_key_halves(
+                        shared, step, slot, zero, key_scales, factor, ROWS, GROUPS, KEYS, SCORES
+                    )
+                else:
+                    others, scores = multiply_grouped_keys(
+                        shared, step, slot, zero, key_scales, factor, ROWS, GROUPS, KEYS, SCORES
+                    )
             else:
                 if block + KEYS > end_key:
                     clear_past(shared, slot, end_key - block, VALUE)
@@ -359,7 +381,8 @@ def attend(
             # What does not need the weights is made ready before they are waited for.
             ready = ()
             for turn in gl.static_range(READY):
-                ready += (value_operand(shared, slot, turn, STEP, GROUPS, PRODUCT),)  # type: ignore
+                values = value_operand(shared, slot, turn, STEP, KEYS, GROUPS, PRODUCT)
+                ready += (values,)
             scores = warpgroup_mma_wait(0, deps=(scores,))
             if GROUPS > 0:
                 scores = others + scores * gl.expand_dims(key_scales[GROUPS - 1] * factor, 1)
@@ -377,7 +400,7 @@ def attend(
             rescale = gl.exp2(running_max - new_max)
             weights = gl.exp2(scores - gl.expand_dims(new_max, 0))
             running_max = new_max
-            sums = sums * as_factor(rescale, SUMS) + gl.sum(weights.reshape([8, 2, 8, ROWS]), 1)
+            sums = sums * as_factor(rescale, SUMS) + sums_of_thread(weights)
             if GROUPS > 0:
                 store_scaled_weights(shared, weights, key_scales, zero, GROUPS)
             else:
@@ -385,13 +408,14 @@ def attend(
             fence_async_shared()
             sync_threads()
             results = ()
+            rescale = gl.convert_layout(rescale, gl.SliceLayout(0, PRODUCT))
             for place in gl.static_range(VALUE // WIDTH):
                 accumulator = accumulators[place] * gl.expand_dims(rescale, 0)
                 for turn in gl.static_range(place * TURNS, (place + 1) * TURNS):
                     if turn < READY:
                         values = ready[turn]  # type: ignore
                     else:
-                        values = value_operand(shared, slot, turn, STEP, GROUPS, PRODUCT)
+                        values = value_operand(shared, slot, turn, STEP, KEYS, GROUPS, PRODUCT)
                     own = shared.weights.index(zero + place if GROUPS > 0 else zero)
                     part = own.slice(turn % TURNS * STEP, STEP, dim=0)
                     accumulator = warpgroup_mma(values, part, accumulator, is_async=True)
@@ -408,7 +432,8 @@ def attend(
         running_sum = gl.convert_layout(gl.sum(gl.sum(sums, 1), 0), BY_ROW)
         empty = running_sum == 0.0
         total = gl.where(empty, 1.0, running_sum)
-        inverse = gl.expand_dims((1.0 if GROUPS > 0 else latent_scale) / total, 0)
+        inverse = (1.0 if GROUPS > 0 else latent_scale) / total
+        inverse = gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(0, PRODUCT)), 0)
         for place in gl.static_range(VALUE // WIDTH):
             if GROUPS > 0:
                 result = group_as_rows_of_output(accumulators[place] * inverse, ROWS)
