@@ -69,6 +69,7 @@ class Shared:
     rope: gl.shared_memory_descriptor
     scales: gl.shared_memory_descriptor
     weights: gl.shared_memory_descriptor
+    rescale: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
     rope_full: gl.shared_memory_descriptor
@@ -76,8 +77,8 @@ class Shared:
 
     @gluon.constexpr_function
     def __init__(
-        self, query, query_rope, latent, words, rope, scales, weights, full, empty, rope_full,
-        rope_empty,
+        self, query, query_rope, latent, words, rope, scales, weights, rescale, full, empty,
+        rope_full, rope_empty,
     ):  # fmt: skip
         self.query = query
         self.query_rope = query_rope
@@ -86,6 +87,7 @@ class Shared:
         self.rope = rope
         self.scales = scales
         self.weights = weights
+        self.rescale = rescale
         self.full = full
         self.empty = empty
         self.rope_full = rope_full
@@ -315,6 +317,7 @@ def attend(
     """Both warpgroups."""
     ROWS: gl.constexpr = call.ROWS
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, ROWS, 16])
+    WEIGHTS: gl.constexpr = shared.weights.layout
     SCORES: gl.constexpr = scores_layout(KEYS, ROWS)
     BY_ROW: gl.constexpr = gl.SliceLayout(0, SCORES)
     TURNS: gl.constexpr = KEYS // STEP
@@ -381,8 +384,9 @@ def attend(
             # What does not need the weights is made ready before they are waited for.
             ready = ()
             for turn in gl.static_range(READY):
-                values = value_operand(shared, slot, turn, STEP, KEYS, GROUPS, PRODUCT)
-                ready += (values,)
+                ready += (  # type: ignore
+                    value_operand(shared, slot, turn, STEP, KEYS, GROUPS, PRODUCT),
+                )
             scores = warpgroup_mma_wait(0, deps=(scores,))
             if GROUPS > 0:
                 scores = others + scores * gl.expand_dims(key_scales[GROUPS - 1] * factor, 1)
@@ -402,13 +406,17 @@ def attend(
             running_max = new_max
             sums = sums * as_factor(rescale, SUMS) + sums_of_thread(weights)
             if GROUPS > 0:
-                store_scaled_weights(shared, weights, key_scales, zero, GROUPS)
+                store_scaled_weights(shared, weights, key_scales, WEIGHTS)
             else:
                 shared.weights.index(0).store(weights.to(gl.float16))
+            if KEYS == HALF_KEYS:
+                shared.rescale.store(rescale)
             fence_async_shared()
             sync_threads()
+            if KEYS == HALF_KEYS:
+                # Each warpgroup has factors of half of the queries only.
+                rescale = shared.rescale.load(gl.SliceLayout(0, PRODUCT))
             results = ()
-            rescale = gl.convert_layout(rescale, gl.SliceLayout(0, PRODUCT))
             for place in gl.static_range(VALUE // WIDTH):
                 accumulator = accumulators[place] * gl.expand_dims(rescale, 0)
                 for turn in gl.static_range(place * TURNS, (place + 1) * TURNS):
