@@ -40,7 +40,7 @@ READY = {16: 2, 32: 2, 64: 0}
 STEP = {16: 64, 32: 64, 64: 32}
 """Keys of such an operand."""
 GROUPED_READY = {16: 4, 32: 2, 64: 0}
-GROUPED_STEP = {16: 64, 32: 64, 64: 32}
+GROUPED_STEP = {16: 64, 32: 64, 64: 64}
 """The same with scales of groups, where an operand has half as many columns."""
 ARGUMENTS = (
     ("q_nope", "*T"),
