@@ -1,17 +1,19 @@
 """Split-KV absorbed attention over a paged cache of e4m3 numbers, for Hopper, in Gluon.
 
 What: as `mla_triton.kernels.sm90.decode`, over a cache with one scale for all latents and one for
-all rotary keys. Where: capability 9.0 exactly.
+all rotary keys; or (`GROUPS`) with a scale for each 128 columns of a token's latent, and rotary
+keys of 16 bits. Where: capability 9.0 exactly.
 
 Work: program (lane, part) walks the groups of its part, with a tile of 16, 32 or 64 rows, in two
 partitions: two warpgroups that take a block of 128 keys together, and one warp that loads bytes by
-TMA. `quantised_steps.py` says how bytes become products, and which barriers there are. Lanes of a
-part run side by side and share its keys through the L2.
+TMA. `quantised_steps.py` says how bytes become products, and which barriers there are;
+`quantised_groups.py` what is otherwise with scales of groups. Lanes of a part run side by side and
+share its keys through the L2.
 
 Budget at latent 512 + rope 64: queries 1.125 KiB a row, weights 0.25, two blocks of latents of
 64 KiB and one of rotary keys of 8: 159 KiB for 16 rows, 181 for 32, 226 for 64. Registers: 168 a
 thread as launched, about 240 for the warpgroups (2 of output a row, half of one of scores) and 24
-for the loader once they are apart.
+for the loader once they are apart. With scales of groups: 183, 217 and 212 KiB.
 """
 
 from __future__ import annotations

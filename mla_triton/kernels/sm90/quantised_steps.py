@@ -7,11 +7,12 @@ float16 there, and are multiplied: a tile of 16-bit numbers is never written. Th
 columns inside a product is free, as long as both operands have the same, and is chosen so that a
 thread's bytes lie side by side.
 
-Of a block of 128 keys each warpgroup scores 64, and then has half of the latent's columns of all.
+Of a block of 128 keys each warpgroup scores 64, of one of 64 all for half of the queries; and then
+each has half of the latent's columns of all keys.
 
 | barrier | who arrives | who waits | meaning |
 | --- | --- | --- | --- |
-| full | TMA | both warpgroups | a block's latents are in their slot |
+| full | TMA | both warpgroups | a block's latents are in their slot, and their scales |
 | empty | both, as one | loader | they were used up |
 | rope_full | TMA | both warpgroups | a block's rotary keys are there |
 | rope_empty | both, as one | loader | they were used up |
