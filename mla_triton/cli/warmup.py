@@ -16,7 +16,7 @@ from mla_triton.cli.options import (
     show,
 )
 from mla_triton.tuning import warm
-from mla_triton.tuning.deployment import LAYOUTS, QUERIES, TABLES
+from mla_triton.tuning.deployment import APPENDS, LAYOUTS, QUERIES, TABLES
 from mla_triton.tuning.progress import Progress
 from mla_triton.tuning.warm import Warmed
 
@@ -34,6 +34,10 @@ def add_commands(commands: Commands) -> None:
     add("--table", nargs="+", choices=TABLES, default=["dense"], help="of the pages")
     add("--queries", nargs="+", choices=QUERIES, default=QUERIES, help="how they lie in memory")
     add("--ragged", action="store_true", help="query tokens by cu_seqlens_q, up to --s-q a request")
+    add(
+        "--append", nargs="+", choices=APPENDS, default=APPENDS[:2],
+        help="tokens into the cache: as they are, or with a norm and a rotation of such pairs",
+    )  # fmt: skip
     add("--capability", metavar="LABEL", help='another card than the one here: "8.9", "gfx942"')
     add("--gpu", metavar="NAME", help="its name, for which there are tuned rows: 'NVIDIA H200'")
     add("--sm-count", type=positive, metavar="N", help="its multiprocessors, where not the usual")
@@ -66,6 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
             table=arguments.table,
             queries=arguments.queries,
             ragged=arguments.ragged,
+            append=arguments.append,
         )
     except (ValueError, NotImplementedError, OSError) as error:
         arguments.parser.error(str(error))
