@@ -85,7 +85,7 @@ class DecodeProblem:
     """How the cache is quantised; None where it has the queries' dtype."""
     page_slots: int = 0
     """Token slots from the begin of one page to that of the next, where all pages are one row of
-    slots, and the same one for latents and rotary keys; else 0."""
+    slots, and the same one for latents, rotary keys and their tokens' scales; else 0."""
     max_kv_len: int = field(default=2**31 - 1, compare=False)
     num_pages: int = field(default=2**31 - 1, compare=False)
 

@@ -210,6 +210,8 @@ def decode(
             address |= q_rope.data_ptr()
         if kpe is not None:
             address |= kpe.data_ptr()
+        if scales is not None and scales.dim() > 1 and scales.dtype == torch.float32:
+            address |= scales.data_ptr()
     call = DecodeCall(
         facts(q_nope),
         None if q_rope is None else facts(q_rope),
@@ -309,7 +311,7 @@ def decode_problem(call: DecodeCall) -> DecodeProblem:
             lse=_row_step(lse, 0, lead[-1], heads),
         ),
         storage=storage,
-        page_slots=_page_slots(ckv, kpe),
+        page_slots=_page_slots(ckv, kpe, scales if storage is not None and storage.group else None),
         max_kv_len=INT32_MAX if exceeds_int32(capacity) else capacity,
         num_pages=INT32_MAX if exceeds_int32(num_pages) else num_pages,
     )
@@ -568,10 +570,12 @@ def _row_step(tensor: Layout | None, columns: int, tokens: int, heads: int) -> i
     return step if step < MAX_ROW_STEP else 0
 
 
-def _page_slots(ckv: Layout, kpe: Layout | None) -> int:
-    """Token slots from page to page, 0 where pages are not one row of slots or it is unknown."""
-    steps = set()
-    for tensor in (ckv,) if kpe is None else (ckv, kpe):
+def _page_slots(*parts: Layout | None) -> int:
+    """Token slots from page to page of all parts of a cache, 0 where pages are not one row of slots
+    or it is unknown."""
+    ckv, steps = parts[0], set()
+    assert ckv is not None
+    for tensor in (part for part in parts if part is not None):
         page_step, slot_step, _ = tensor.strides
         if any(isinstance(step, torch.SymInt) for step in (page_step, slot_step)):
             return 0

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from mla_triton import validate
-from mla_triton.cache import LatentCache
+from mla_triton.cache import FP8_DS_MLA, LatentCache
+from mla_triton.cache.formats import E4M3
 from mla_triton.problem import DecodeProblem
 
 PAGE, LATENT, ROPE = 64, 512, 64
 WIDTH = LATENT + ROPE
+F32 = torch.float32
 
 
 def made(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -31,7 +33,7 @@ def problem_of(cache: torch.Tensor | LatentCache, rope: int = ROPE) -> DecodePro
         made(1, dtype=torch.int32),
         None,
         made(1, 1, 20, LATENT),
-        made(1, 1, 20, dtype=torch.float32),
+        made(1, 1, 20, dtype=F32),
         softmax_scale=1.0,
         causal=True,
         value_dim=None,
@@ -111,3 +113,21 @@ def test_a_pair_of_unequal_spacing():
 def test_a_cache_without_rotary_keys():
     assert slots(made(9, PAGE, LATENT), rope=0) == PAGE
     assert slots(LatentCache(made(9, PAGE, LATENT), None), rope=0) == PAGE
+
+
+def test_scales_of_tokens_lie_in_the_same_slots():
+    packed = FP8_DS_MLA.views(made(9, PAGE * 656, dtype=torch.uint8), PAGE)
+    assert slots(packed) == PAGE
+    every_layer = made(9, 61, PAGE * 656, dtype=torch.uint8)
+    # Pages of a layer are contiguous, and so is every page of all layers.
+    assert slots(FP8_DS_MLA.views(every_layer[:, 7], PAGE)) == 61 * PAGE
+    apart = made(9, PAGE, 4, dtype=F32)
+    pair = LatentCache(made(9, PAGE, LATENT, dtype=E4M3), made(9, PAGE, ROPE), apart)
+    assert slots(pair) == PAGE
+    assert slots(pair._replace(scales=made(9, PAGE + 1, 4, dtype=F32)[:, :PAGE])) == 0
+    assert slots(packed._replace(scales=apart)) == PAGE
+    assert slots(packed._replace(scales=made(9, PAGE + 1, 4, dtype=F32)[:, 1:])) == 0
+
+
+def test_one_scale_for_all_tokens_lies_in_no_slot():
+    assert slots(LatentCache(made(9, PAGE, WIDTH, dtype=E4M3), None, made(2, dtype=F32))) == PAGE

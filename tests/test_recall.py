@@ -166,6 +166,24 @@ def test_a_misaligned_tensor_goes_through_the_checks(launches, operator_calls):
     assert len(operator_calls) == before + 1
 
 
+@pytest.mark.parametrize(("stored", "checked"), [("fp8_groups", 1), ("fp8", 0)])
+def test_scales_of_tokens_have_to_be_aligned(launches, operator_calls, stored, checked):
+    """Those of each token come in wide steps, and two for all of them do not."""
+    problem = inputs(stored=stored, layout="pair")
+    arguments, options = problem.call_arguments()
+    cache = problem.cache
+    room = torch.empty(cache.scales.numel() + 1)
+    aligned = cache._replace(scales=torch.empty(cache.scales.shape))
+    moved = cache._replace(scales=room[1:].view(cache.scales.shape))
+    for known in (cache, aligned):
+        mla_triton.decode(*arguments[:2], known, *arguments[3:], **options)
+    before = len(operator_calls)
+    launches.clear()
+    mla_triton.decode(*arguments[:2], moved, *arguments[3:], **options)
+    assert len(operator_calls) == before + checked
+    assert ("quantised_kernel" in dict(launches)) is not bool(checked)
+
+
 def test_one_tensor_in_two_places_is_not_remembered(launches, operator_calls):
     problem = inputs()
     lens = problem.kv_lens

@@ -9,8 +9,11 @@ import torch
 
 from mla_triton import device as devices
 from mla_triton import select
-from mla_triton.kernels.common.launch import Variant
-from mla_triton.kernels.sm90 import decode
+from mla_triton.cache import named
+from mla_triton.cache.formats import E4M3
+from mla_triton.kernels.common.launch import Variant, View
+from mla_triton.kernels.common.tensors import DecodeTensors
+from mla_triton.kernels.sm90 import decode, decode_config, quantised_groups
 from mla_triton.kernels.sm90.decode import Config
 from mla_triton.plan import Geometry
 from mla_triton.problem import DecodeProblem, Storage
@@ -30,6 +33,12 @@ def problem(heads: int = 16, **changes: object) -> DecodeProblem:
     return replace(plain, **({"storage": ONE_SCALE} | changes))
 
 
+def grouped(heads: int = 16, page_size: int = 64, **changes: object) -> DecodeProblem:
+    """Over pages of 656 bytes a token."""
+    plain = compilation.problem(heads=heads, page_size=page_size)
+    return replace(named.over(plain, "fp8_ds_mla"), **changes)
+
+
 PROBLEMS = {
     "16 rows": problem(),
     "32 rows": problem(32),
@@ -41,9 +50,25 @@ PROBLEMS = {
     "pages of 128": problem(page_size=128),
     "without rotary keys": problem(dimensions=(512, 0, 512)),
     "narrow": problem(64, dimensions=(256, 64, 256)),
+    "groups": grouped(),
+    "groups, 32 rows": grouped(32),
+    "groups, causal": grouped(8, s_q=2, queries=128, causal=True),
+    "groups, ragged": grouped(s_q=None, causal=True, csr=True, page_size=128),
+    "groups, pages of 16": grouped(page_size=16),
+    "groups, pages of 32": grouped(20, page_size=32),
+    "groups, 64 rows": grouped(64),
+    "groups, 64 rows, ragged": grouped(40, s_q=None, causal=True, csr=True, page_size=16),
 }
-SPILLED = {64: 256}
-"""Bytes of stack a thread by rows: 64 of them take more registers than there are."""
+SPILLED = {
+    "64 rows": 256,
+    "narrow": 256,
+    "groups, 32 rows": 160,
+    "groups, pages of 32": 160,
+    "groups, 64 rows": 256,
+    "groups, 64 rows, ragged": 320,
+}
+"""Bytes of stack a thread: 64 rows take more registers than there are, and so do 32 with two more
+accumulators of scores; those of them are read once a block, and never written there."""
 FEW_BYTES = 64
 
 
@@ -70,8 +95,7 @@ def test_one_program_fits_an_sm(compiled):
 
 def test_little_spills(compiled):
     for name, answer in compiled.items():
-        rows = decode.geometry(PROBLEMS[name], CARD).row_tile
-        assert answer.spilled <= SPILLED.get(rows, FEW_BYTES), name
+        assert answer.spilled <= SPILLED.get(name, FEW_BYTES), name
 
 
 def ptx_of(name: str) -> str:
@@ -79,9 +103,18 @@ def ptx_of(name: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def ptx() -> str:
-    [text] = compilation.side_by_side(ptx_of, ["16 rows"])
-    return text
+def texts() -> list[str]:
+    return compilation.side_by_side(ptx_of, ["16 rows", "groups", "groups, 64 rows"])
+
+
+@pytest.fixture
+def ptx(texts) -> str:
+    return texts[0]
+
+
+@pytest.fixture
+def grouped_ptx(texts) -> str:
+    return texts[1]
 
 
 def test_bytes_become_operands_in_registers(ptx):
@@ -100,15 +133,103 @@ def test_products_are_of_sixteen_queries(ptx):
     assert ptx.count("wgmma.mma_async") == 36 + 32
 
 
+def test_bytes_of_groups_become_operands_in_registers(grouped_ptx):
+    """float16 of keys for scores, bfloat16 of latents for the output, whose bytes come by as few
+    loads as there can be; rotary keys as they are."""
+    pairs = 128 * 512 // 256 // 2
+    assert grouped_ptx.count("cvt.rn.f16x2.e4m3x2") == pairs
+    assert grouped_ptx.count("mul.rn.bf16x2") == pairs
+    assert grouped_ptx.count("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16") == pairs * 2 // 16
+    assert grouped_ptx.count("ldmatrix") == pairs * 2 // 16
+    product = "wgmma.mma_async.sync.aligned.m64n16k16.f32"
+    assert grouped_ptx.count(f"{product}.f16.f16") == 32
+    assert grouped_ptx.count(f"{product}.bf16.bf16") == 4 + 32
+    assert grouped_ptx.count("wgmma.mma_async") == 32 + 4 + 32
+
+
+def test_64_rows_take_blocks_of_64_keys(texts):
+    """Scores of half of the queries for each warpgroup; of the output 64 columns at a time."""
+    product = "wgmma.mma_async.sync.aligned.m64n"
+    assert texts[2].count(f"{product}32k16.f32.f16.f16") == 32
+    assert texts[2].count(f"{product}32k16.f32.bf16.bf16") == 4
+    assert texts[2].count(f"{product}64k16.f32.bf16.bf16") == 16
+    assert texts[2].count("wgmma.mma_async") == 32 + 4 + 16
+
+
+def halves(words: torch.Tensor) -> torch.Tensor:
+    """The bfloat16 numbers that 32-bit words, in int64, are two of: `[2, words]`, the low first."""
+    bits = torch.stack([words & 0xFFFF, words >> 16])
+    return (bits << 16).to(torch.uint32).view(torch.float32).bfloat16()
+
+
+def computed(assembly: str, word: torch.Tensor) -> list[torch.Tensor]:
+    """The two results of the few instructions that `PAIRS` is made of, over 32-bit words."""
+    values = {"$2": word}
+
+    def operand(name: str) -> torch.Tensor:
+        return values[name] if name in values else torch.full_like(word, int(name, 16))
+
+    for line in assembly.split(";")[1:-1]:
+        name, *rest = line.replace(",", "").split()
+        target, first, *others = rest
+        if name == "prmt.b32":
+            source, result = operand(first), torch.zeros_like(word)
+            for place in range(4):
+                choice = int(others[1], 16) >> 4 * place & 15
+                byte = source >> 8 * (choice & 3) & 255
+                byte = torch.where(byte > 127, 255, 0) if choice & 8 else byte
+                result |= byte << 8 * place
+        elif name == "shl.b32":
+            result = operand(first) << int(others[0]) & 0xFFFFFFFF
+        elif name == "and.b32":
+            result = operand(first) & operand(others[0])
+        elif name == "mov.b32":
+            result = operand(first)
+        else:
+            assert name == "mul.rn.bf16x2"
+            product = halves(operand(first)) * halves(operand(others[0]))
+            low, high = product.view(torch.int16).long() & 0xFFFF
+            result = low | high << 16
+        values[target] = result
+    return [values["$0"], values["$1"]]
+
+
+def test_pairs_of_bytes_become_pairs_of_bfloat16():
+    """Every byte in each of the four places; the two keys of a column are side by side."""
+    byte = torch.arange(256)
+    number = byte.to(torch.uint8).view(E4M3).float()
+    is_number = ~number.isnan()
+    for shift in (1, 100):
+        others = [byte.roll(shift * place) for place in range(4)]
+        word = sum(other << 8 * place for place, other in enumerate(others))
+        even, odd = (halves(result) for result in computed(quantised_groups.PAIRS.value, word))
+        for got, place in ((even[0], 0), (odd[0], 1), (even[1], 2), (odd[1], 3)):
+            expected, known = number.roll(shift * place), is_number.roll(shift * place)
+            assert torch.equal(got.float()[known], expected[known])
+            assert (got.float()[~known].abs() == 480).all(), "finite, for 0 times it is to be 0"
+
+
 # -- what it takes
+
+REFUSED_SCALES = (
+    "of quantised caches it reads those with one scale for all latents, or bfloat16 rotary keys "
+    "and a float32 scale for each 128 of 512 columns"
+)
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
+        ({"storage": TOKEN_SCALES._replace(group=64)}, REFUSED_SCALES),
+        ({"storage": TOKEN_SCALES._replace(scale=torch.uint8)}, REFUSED_SCALES),
+        ({"storage": TOKEN_SCALES._replace(scales_stride_slot=6)}, REFUSED_SCALES),
+        ({"storage": TOKEN_SCALES._replace(rope=torch.float16)}, REFUSED_SCALES),
+        ({"storage": TOKEN_SCALES, "dtype": torch.float16}, REFUSED_SCALES),
+        ({"storage": TOKEN_SCALES, "dimensions": (256, 64, 256)}, REFUSED_SCALES),
+        ({"storage": TOKEN_SCALES, "dimensions": (512, 0, 512)}, REFUSED_SCALES),
         (
-            {"storage": TOKEN_SCALES},
-            "of quantised caches it reads those with one scale for all latents",
+            {"storage": TOKEN_SCALES, "page_slots": 0},
+            "e4m3 keys come by TMA, from evenly spaced pages of 16, 32 or a multiple of 64",
         ),
         (
             {"page_size": 48},
@@ -137,10 +258,24 @@ def test_it_comes_first_with_a_tile_for_the_rows(heads, rows):
     assert decode.geometry(given, CARD).row_tile == rows
 
 
+@pytest.mark.parametrize("most", [32, 64])
+@pytest.mark.parametrize("heads", [1, 16, 17, 33, 128])
+def test_groups_have_so_many_rows_at_most(heads, most, monkeypatch):
+    monkeypatch.setattr(decode_config, "GROUPED_ROWS", most)
+    given = grouped(heads)
+    assert select.name_decode(given, CARD)[0] == "sm90"
+    made = decode.geometry(given, CARD)
+    rows = next(rows for rows in (16, 32, 64) if heads <= rows or rows == most)
+    assert (made.row_tile, made.lanes) == (rows, -(-heads // rows))
+    assert dict(variant(given).constants)["ROWS"] == rows
+
+
+@pytest.mark.parametrize(("make", "most"), [(problem, 64), (grouped, 32), (grouped, 64)])
 @pytest.mark.parametrize("heads", [4, 16, 32, 128])
 @pytest.mark.parametrize("impl", ["sm90", "portable"])
-def test_it_follows_every_plan_that_knows_no_storage(impl, heads):
-    given = problem(heads)
+def test_it_follows_every_plan_that_knows_no_storage(impl, heads, make, most, monkeypatch):
+    monkeypatch.setattr(decode_config, "GROUPED_ROWS", most)
+    given = make(heads)
     planned = given.as_planned()
     if impl == "portable":
         from mla_triton.kernels.portable import decode as other
@@ -153,8 +288,65 @@ def test_it_follows_every_plan_that_knows_no_storage(impl, heads):
         like.kv_tile, like.row_tile, like.parts,
     )  # fmt: skip
     made = variant(given, like)
-    assert dict(made.constants)["ROWS"] == like.row_tile
+    rows = min(like.row_tile, most)
+    assert dict(made.constants)["ROWS"] == rows
     assert dict(made.constants)["TILE"] == like.kv_tile
+    assert programs(given, followed) == (like.lanes * like.row_tile // rows, like.parts, 1)
+
+
+def tensors(given: DecodeProblem, pages: int = 5) -> DecodeTensors:
+    """Of a call, without memory, over pages of 656 bytes a token or a fused cache."""
+
+    def made(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    if given.storage.group:
+        packed = made(pages, 656 * given.page_size, dtype=torch.uint8)
+        ckv, kpe, scales = named.parts("fp8_ds_mla", packed, given.page_size)
+    else:
+        ckv, kpe = made(pages, given.page_size, given.key_dim, dtype=E4M3), None
+        scales = made(2, dtype=torch.float32)
+    rows = (given.batch, given.s_q, given.heads)
+    ints = made(given.batch, 7, dtype=torch.int32)
+    partial = made(1, dtype=torch.float32)
+    return DecodeTensors(
+        made(*rows, given.latent), made(*rows, given.rope), ckv, kpe, scales, ints, None, ints,
+        None, ints, 448, partial, partial, made(*rows, given.value_dim),
+        made(*rows, dtype=torch.float32), 0.1,
+    )  # fmt: skip
+
+
+def launched(given: DecodeProblem, geometry: Geometry) -> tuple[tuple[int, ...], list]:
+    calls = []
+    decode.launch(lambda *call: calls.append(call), given, geometry, tensors(given))
+    [(grid, arguments)] = calls
+    return grid, arguments
+
+
+def programs(given: DecodeProblem, geometry: Geometry) -> tuple[int, ...]:
+    return launched(given, geometry)[0]
+
+
+@pytest.mark.parametrize(("page_size", "apart"), [(64, 1), (16, 1), (128, 3)])
+def test_latents_rotary_keys_and_scales_are_rows_of_the_same_slots(page_size, apart):
+    given = grouped(page_size=page_size, page_slots=apart * page_size)
+    arguments = launched(given, decode.geometry(given, CARD))[1]
+    assert len(arguments) == len(variant(given).types)
+    latents, rope, scales = (one for one in arguments if isinstance(one, View))
+    rows = 4 * apart * page_size + page_size
+    assert (latents.shape, latents.strides) == ((rows, 512), (656, 1))
+    assert (rope.shape, rope.strides) == ((rows, 64), (328, 1))
+    assert (scales.shape, scales.strides) == ((rows, 4), (164, 1))
+    offsets = [
+        view.tensor.storage_offset() * view.tensor.dtype.itemsize
+        for view in (latents, scales, rope)
+    ]
+    assert offsets == [0, 512, 528]
+    box = min(64, page_size)
+    types = dict(variant(given).types)
+    for name, numbers in (("latent", "fp8e4nv"), ("rope", "bf16"), ("scale", "fp32")):
+        columns = {"latent": 512, "rope": 64, "scale": 4}[name]
+        assert f"{numbers}[{box}, {columns}]" in types[f"{name}_map"]
 
 
 def test_a_box_does_not_leave_the_tile_that_a_part_may_begin_at():

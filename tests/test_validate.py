@@ -361,6 +361,27 @@ def test_alignment_is_part_of_a_call(offset):
     assert problem.aligned is (offset == 0)
 
 
+@pytest.mark.parametrize(("offset", "columns"), [(0, 4), (1, 4), (1, 1)])
+def test_alignment_of_scales_is_that_of_each_token_alone(offset, columns):
+    """Two scales for all tokens are no rows."""
+    is_grouped = columns == 4
+    inputs = decode_inputs(
+        kv_lens=[5], dtype=torch.bfloat16, stored="fp8_groups" if is_grouped else "fp8"
+    )
+    scales = inputs.cache.scales
+    memory = torch.empty(scales.numel() + 8)
+    base = -memory.data_ptr() % 16 // 4
+    moved = memory[base + offset :][: scales.numel()].view(scales.shape)
+    cache = inputs.cache._replace(scales=moved)
+    q_nope, q_rope, _, pages, kv_lens = inputs.call_arguments()[0]
+    out = torch.empty_like(q_nope)
+    problem = validate.decode(
+        q_nope, q_rope, *cache, pages, None, kv_lens, None, out, torch.empty(out.shape[:-1]),
+        softmax_scale=1.0, causal=True, value_dim=None, max_kv_len=None, allow_tf32=False,
+    )  # fmt: skip
+    assert problem.aligned is (offset == 0 or not is_grouped)
+
+
 # -- the debug switch
 
 

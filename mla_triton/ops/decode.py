@@ -133,8 +133,9 @@ def decode(
     return AttentionState(out, lse)
 
 
-RECALLED = recall.Memory(own=slice(9, 12), wide=(0, 1, 2, 3, 12))
-"""Earlier calls. Their own: schedule and partial results. Wide: queries, cache and out."""
+RECALLED = recall.Memory(own=slice(9, 12), wide=(0, 1, 2, 3, 4, 12))
+"""Earlier calls. Their own: schedule and partial results. Wide: queries, cache, its tokens' scales
+and out."""
 
 
 def forget() -> None:

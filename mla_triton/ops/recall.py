@@ -49,6 +49,8 @@ class Call(NamedTuple):
 
     options: Options
     known: tuple[Known | None, ...]
+    wide: tuple[int, ...]
+    """Places of its tensors that kernels access in wide steps."""
     is_aligned: bool
     recording: Recording
     make_own: Callable[[], Tensors] | None
@@ -59,7 +61,8 @@ class Memory:
     """The latest different calls of one operation, the latest first.
 
     `own` are the places of tensors that a call may make for itself, `wide` those of tensors that
-    kernels access in wide steps, so that alignment decides which kernels run.
+    kernels access in wide steps, so that alignment decides which kernels run; not in a call in
+    which such a tensor is a mere list of numbers.
     """
 
     def __init__(self, own: slice, wide: Sequence[int], size: int = 8) -> None:
@@ -78,7 +81,7 @@ class Memory:
         if call.make_own is not None:
             tensors = (*tensors[: self._own.start], *call.make_own(), *tensors[self._own.stop :])
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        if self._are_aligned(addresses) != call.is_aligned:
+        if _are_aligned(addresses, call.wide) != call.is_aligned:
             return False
         call.recording.replay(addresses)
         return True
@@ -95,7 +98,13 @@ class Memory:
             return
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
         known = tuple(map(_known, tensors))
-        call = Call(options, known, self._are_aligned(addresses), recording, make_own)
+        wide = tuple(
+            place
+            for place in self._wide
+            if (tensor := tensors[place]) is not None and tensor.dim() > 1
+        )
+        is_aligned = _are_aligned(addresses, wide)
+        call = Call(options, known, wide, is_aligned, recording, make_own)
         self._calls = (call, *self._calls[: self._size - 1])
 
     def clear(self) -> None:
@@ -108,11 +117,12 @@ class Memory:
                 return call
         return None
 
-    def _are_aligned(self, addresses: Sequence[int | None]) -> bool:
-        together = 0
-        for place in self._wide:
-            together |= addresses[place] or 0
-        return together % ALIGNMENT == 0
+
+def _are_aligned(addresses: Sequence[int | None], wide: Sequence[int]) -> bool:
+    together = 0
+    for place in wide:
+        together |= addresses[place] or 0
+    return together % ALIGNMENT == 0
 
 
 def _known(tensor: torch.Tensor | None) -> Known | None:

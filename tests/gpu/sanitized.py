@@ -58,6 +58,8 @@ HOPPER: tuple[dict[str, Any], ...] = (
     {"heads": 16, "dtype": torch.float16, "q_lens": (3, 1, 0, 33)},
     {"heads": 20, "dtype": torch.bfloat16, "layout": "pair", "strided": 16},
     {"heads": 16, "dtype": torch.bfloat16, "stored": "fp8"},
+    {"heads": 16, "dtype": torch.bfloat16, "stored": "fp8_ds_mla"},
+    {"heads": 40, "dtype": torch.bfloat16, "stored": "fp8_ds_mla", "page_size": 16, "s_q": 2},
 )
 
 

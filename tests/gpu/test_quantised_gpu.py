@@ -5,6 +5,8 @@ Few kernels and many values: a case runs all that its kernel can be asked for.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from quantised_forms import (
@@ -15,6 +17,7 @@ from quantised_forms import (
     inputs_of,
     owned_slots,
     spoilt,
+    with_cache,
 )
 from quantised_forms import wrong_bytes as wrong_bytes_by
 from ways import Way, is_refused, run
@@ -28,6 +31,10 @@ from mla_triton.testing.problems import DecodeInputs
 SKEWED = (5000, 0, 1, 63, 64, 65, 700, 2048)
 RAGGED = (3, 2, 0, 70, 1, 64, 0, 9)
 WAYS = (Way("portable"), Way("sm90"))
+HOPPER_FORMS = ("fp8 fused", "fp8 pair", "fp8 without rope", "groups", "656")
+"""Forms that the Hopper kernel reads."""
+ALL_SCALED = (*SCALED, "656")
+ALL_HEADS = (1, 2, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128)
 BF16 = torch.bfloat16
 
 
@@ -53,9 +60,7 @@ def test_each_implementation_takes_what_it_is_for(way):
     """So that what follows is not refusals alone."""
     is_hopper = devices.current().capability == (9, 0)
     for form in FORMS:
-        takes = way.impl == "portable" or (
-            is_hopper and form in ("fp8 fused", "fp8 pair", "fp8 without rope")
-        )
+        takes = way.impl == "portable" or (is_hopper and form in HOPPER_FORMS)
         assert is_refused(made(form), way) is not takes, form
 
 
@@ -99,19 +104,50 @@ def test_ways_to_call(way, form, changes):
         judge(made(form, kv_lens=[(37 * i) % 400 for i in range(200)], **changes), way)
 
 
+@pytest.mark.parametrize("page_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("form", ["fp8 fused", "656"])
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_every_number_of_heads_and_size_of_page(way, form, page_size):
+    for heads in ALL_HEADS:
+        judge(made(form, heads=heads, page_size=page_size, seed=heads), way)
+    for shape in (
+        {"heads": 16, "s_q": 4},
+        {"heads": 40, "s_q": 3, "causal": False},
+        {"heads": 5, "q_lens": RAGGED},
+        {"heads": 20, "q_lens": RAGGED, "table": "csr"},
+    ):
+        judge(made(form, page_size=page_size, **shape), way)
+
+
+@pytest.mark.parametrize("sizes", [(0.5, 1.0), (-12, 4), (-40, 20)], ids=str)
+@pytest.mark.parametrize("form", ["groups", "656"])
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_scales_that_differ_from_key_to_key(way, form, sizes):
+    """Any float32 number, not powers of two alone; and 0."""
+    for heads in (16, 33):
+        inputs = made(form, heads=heads, s_q=2)
+        scales = inputs.cache.scales
+        generator = torch.Generator("cuda").manual_seed(7)
+        factor = torch.rand(scales.shape, generator=generator, device="cuda")
+        factor = torch.exp2(factor * (sizes[1] - sizes[0]) + sizes[0])
+        zero = torch.rand(scales.shape, generator=generator, device="cuda") < 0.05
+        scaled = with_cache(inputs, scales=(scales * factor).masked_fill(zero, 0.0))
+        judge(replace(scaled, softmax_scale=inputs.softmax_scale * 2.0 ** -max(0, sizes[1])), way)
+
+
 @pytest.mark.parametrize("form", ["fp8 fused", "groups"])
 def test_misaligned_rows(form):
     judge(made(form, strided=3), WAYS[0])
 
 
 @pytest.mark.parametrize("logits", ["large", "equal_keys", "dominant_key"])
-@pytest.mark.parametrize("form", SCALED)
+@pytest.mark.parametrize("form", ALL_SCALED)
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_hostile_logits(way, form, logits):
     judge(made(form, logits=logits), way)
 
 
-@pytest.mark.parametrize("form", SCALED)
+@pytest.mark.parametrize("form", ALL_SCALED)
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_scales_and_slots(way, form):
     """Scales of any size; NaN wherever no key of the request is."""
@@ -129,7 +165,7 @@ def test_scales_and_slots(way, form):
     assert state.out[0].isnan().all(), "its keys were spoilt"
 
 
-@pytest.mark.parametrize("form", SCALED)
+@pytest.mark.parametrize("form", ALL_SCALED)
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_queries_that_are_not_finite(way, form):
     inputs = made(form, heads=33)

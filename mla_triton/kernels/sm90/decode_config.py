@@ -25,6 +25,11 @@ OVERHEAD = 5
 """Cost of beginning a group (its queries, its first load, its result), in blocks."""
 QUANTISED_ROW_TILES = (16, 32, 64)
 """The same over a cache of e4m3 numbers, where the keys are a product's rows."""
+GROUPED_ROWS = 64
+"""Of a program at most with scales of groups. With 32 a schedule tile of 64 is two programs side by
+side: the same results in the same places, fewer registers, and bytes converted twice."""
+GROUP = 128
+"""Columns of a latent with a scale, where all do not share one."""
 FEW_ROWS = 16
 MANY_REQUESTS = 16
 """From here on a batch has more work than waiting, and two blocks at a time pay: 237 us against 267
@@ -55,11 +60,27 @@ def why_not(problem: DecodeProblem, device: Device) -> str | None:
         return f"it is written for {widths}, got {problem.value_dim}+{problem.key_tail}"
     if problem.rope_in_value:
         return "its queries come in one tensor where no key column is behind the value"
-    if problem.storage is not None and problem.storage.group:
-        return "of quantised caches it reads those with one scale for all latents"
+    if problem.storage is not None and problem.storage.group and not is_grouped(problem):
+        return (
+            "of quantised caches it reads those with one scale for all latents, or bfloat16 rotary "
+            f"keys and a float32 scale for each {GROUP} of 512 columns"
+        )
     if problem.storage is not None and gathers(problem):
         return "e4m3 keys come by TMA, from evenly spaced pages of 16, 32 or a multiple of 64"
     return None
+
+
+def is_grouped(problem: DecodeProblem) -> bool:
+    """Whether a cache has scales of groups as the kernel reads them: a TMA box of them is 16 bytes
+    a key."""
+    storage = problem.storage
+    return (
+        storage is not None
+        and (storage.group, storage.scale) == (GROUP, torch.float32)
+        and storage.scales_stride_slot % 4 == 0
+        and (problem.dtype, storage.rope) == (torch.bfloat16, torch.bfloat16)
+        and (problem.value_dim, problem.key_tail) == WIDTHS[0]
+    )
 
 
 def gathers(problem: DecodeProblem) -> bool:
@@ -134,15 +155,22 @@ def heuristic(problem: DecodeProblem, device: Device, rows: int | None = None) -
 
 
 def row_tiles(problem: DecodeProblem) -> tuple[int, ...]:
-    """Rows of a program that the kernel can have."""
+    """Rows of a schedule tile that the kernel can have."""
     return (ROW_TILE,) if problem.storage is None else QUANTISED_ROW_TILES
 
 
+def most_rows(problem: DecodeProblem) -> int:
+    """Rows that one program can have."""
+    is_grouped = problem.storage is not None and problem.storage.group
+    return GROUPED_ROWS if is_grouped else ROW_TILE
+
+
 def row_tile(problem: DecodeProblem, device: Device) -> int:
-    """Rows of a program."""
+    """Rows of a program, where no plan says otherwise."""
+    most = most_rows(problem)
     if problem.storage is None:
-        return ROW_TILE
-    return next((rows for rows in QUANTISED_ROW_TILES if problem.rows <= rows), ROW_TILE)
+        return most
+    return next((rows for rows in QUANTISED_ROW_TILES if problem.rows <= rows <= most), most)
 
 
 def geometry(

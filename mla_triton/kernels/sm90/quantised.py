@@ -1,17 +1,19 @@
 """Split-KV absorbed attention over a paged cache of e4m3 numbers, for Hopper, in Gluon.
 
 What: as `mla_triton.kernels.sm90.decode`, over a cache with one scale for all latents and one for
-all rotary keys. Where: capability 9.0 exactly.
+all rotary keys; or (`GROUPS`) with a scale for each 128 columns of a token's latent, and rotary
+keys of 16 bits. Where: capability 9.0 exactly.
 
 Work: program (lane, part) walks the groups of its part, with a tile of 16, 32 or 64 rows, in two
 partitions: two warpgroups that take a block of 128 keys together, and one warp that loads bytes by
-TMA. `quantised_steps.py` says how bytes become products, and which barriers there are. Lanes of a
-part run side by side and share its keys through the L2.
+TMA. `quantised_steps.py` says how bytes become products, and which barriers there are;
+`quantised_groups.py` what is otherwise with scales of groups. Lanes of a part run side by side and
+share its keys through the L2.
 
 Budget at latent 512 + rope 64: queries 1.125 KiB a row, weights 0.25, two blocks of latents of
 64 KiB and one of rotary keys of 8: 159 KiB for 16 rows, 181 for 32, 226 for 64. Registers: 168 a
 thread as launched, about 240 for the warpgroups (2 of output a row, half of one of scores) and 24
-for the loader once they are apart.
+for the loader once they are apart. With scales of groups: 183, 217 and 212 KiB.
 """
 
 from __future__ import annotations
@@ -20,11 +22,11 @@ from typing import Any
 
 from mla_triton.kernels.common.launch import TYPE_NAMES, Launch, Variant
 from mla_triton.kernels.common.tensors import DecodeTensors
-from mla_triton.kernels.sm90 import quantised_steps
-from mla_triton.kernels.sm90.decode_config import BLOCK, Config
+from mla_triton.kernels.sm90 import quantised_operands, quantised_steps
+from mla_triton.kernels.sm90.decode_config import BLOCK, Config, most_rows
 from mla_triton.kernels.sm90.gluon import GluonASTSource, gl, gluon
 from mla_triton.kernels.sm90.pieces import Call, barriers
-from mla_triton.kernels.sm90.views import maps, row_strides, sizes
+from mla_triton.kernels.sm90.views import maps, row_strides, scale_map, sizes
 from mla_triton.plan import Geometry
 from mla_triton.problem import DecodeProblem
 
@@ -32,8 +34,16 @@ REGISTERS_AT_LAUNCH = 168
 LOADER_REGISTERS = gl.constexpr(24)
 SLOTS = 2
 """Blocks of latents in shared memory: one in hand, one on its way."""
+GROUPED_KEYS = {16: 128, 32: 128, 64: 64}
+"""Keys of a block by rows with scales of groups, whose weights take four times the memory."""
+GROUPED_SLOTS = {16: 2, 32: 2, 64: 3}
 READY = {16: 2, 32: 2, 64: 0}
 """Operands that are made of latents before the weights are there, by rows: what registers hold."""
+STEP = {16: 64, 32: 64, 64: 32}
+"""Keys of such an operand."""
+GROUPED_READY = {16: 4, 32: 2, 64: 0}
+GROUPED_STEP = {16: 64, 32: 64, 64: 64}
+"""The same with scales of groups, where an operand has half as many columns."""
 ARGUMENTS = (
     ("q_nope", "*T"),
     ("q_rope", "*T"),
@@ -49,6 +59,7 @@ ARGUMENTS = (
     ("lse", "*fp32"),
     ("latent_map", "map of latents"),
     ("rope_map", "map of rotary keys"),
+    ("scale_map", "map of scales"),
     ("q_nope_stride_b", "i64"),
     ("q_nope_stride_s", "i64"),
     ("q_nope_stride_h", "i64"),
@@ -80,8 +91,9 @@ ALIGNED = frozenset(
     if name in ("q_nope", "q_rope", "out", "partial_out", "rope_column")
     or (name.startswith(("q_", "out_")) and "_stride_" in name)
 )
-CHUNK = quantised_steps.CHUNK.value
-_CHUNK, KEYS = quantised_steps.CHUNK, quantised_steps.KEYS
+CHUNK = quantised_operands.CHUNK.value
+KEYS = quantised_operands.KEYS.value
+_CHUNK = quantised_operands.CHUNK
 _Shared, _attend, _load_bytes = (
     quantised_steps.Shared,
     quantised_steps.attend,
@@ -92,7 +104,7 @@ _Shared, _attend, _load_bytes = (
 @gluon.jit
 def quantised_kernel(
     q_nope, q_rope, scales, pages, indptr, kv_lens, cu_seqlens_q, schedule,
-    partial_out, partial_lse, out, lse, latent_map, rope_map,
+    partial_out, partial_lse, out, lse, latent_map, rope_map, scale_map,
     q_nope_stride_b, q_nope_stride_s, q_nope_stride_h,
     q_rope_stride_b, q_rope_stride_s, q_rope_stride_h,
     out_stride_b, out_stride_s, out_stride_h, lse_stride_b, lse_stride_s, lse_stride_h,
@@ -100,7 +112,8 @@ def quantised_kernel(
     num_pages, parts, scale_log2,
     VALUE: gl.constexpr, TAIL: gl.constexpr, PAGE_SIZE: gl.constexpr, CSR: gl.constexpr,
     RAGGED: gl.constexpr, CAUSAL: gl.constexpr, ROWS: gl.constexpr, TILE: gl.constexpr,
-    SLOTS: gl.constexpr, READY: gl.constexpr,
+    GROUPS: gl.constexpr, KEYS: gl.constexpr, SLOTS: gl.constexpr, READY: gl.constexpr,
+    STEP: gl.constexpr,
 ):  # fmt: skip
     BYTES: gl.constexpr = gl.NVMMASharedLayout(128, 8, 2)
     QUERY: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -112,16 +125,28 @@ def quantised_kernel(
     )  # fmt: skip
     query = gl.allocate_shared_memory(gl.float16, [VALUE // _CHUNK, ROWS, _CHUNK], QUERY)
     latent = gl.allocate_shared_memory(E4M3, [SLOTS, KEYS, VALUE], BYTES)
-    if TAIL > 0:
+    if GROUPS > 0:
+        PLAIN: gl.constexpr = gl.NVMMASharedLayout(0, 32, 2)
+        query_rope = gl.allocate_shared_memory(rope_map.dtype, [1, ROWS, TAIL], QUERY)
+        rope = gl.allocate_shared_memory(rope_map.dtype, [1, KEYS, TAIL], QUERY)
+        key_scales = gl.allocate_shared_memory(gl.float32, [SLOTS, KEYS, GROUPS], PLAIN)
+        words = latent._reinterpret(gl.int16, [SLOTS, KEYS, VALUE // 2], QUERY)
+        weights = gl.allocate_shared_memory(gl.bfloat16, [GROUPS, KEYS, ROWS], WEIGHTS)
+    elif TAIL > 0:
         ROPE_BYTES: gl.constexpr = gl.NVMMASharedLayout(TAIL, 8, 2)
         query_rope = gl.allocate_shared_memory(gl.float16, [1, ROWS, TAIL], QUERY)
         rope = gl.allocate_shared_memory(E4M3, [1, KEYS, TAIL], ROPE_BYTES)
     else:
         query_rope = query
         rope = latent
+    if GROUPS == 0:
+        key_scales = latent
+        words = latent
+        weights = gl.allocate_shared_memory(gl.float16, [1, KEYS, ROWS], WEIGHTS)
+    VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     shared = _Shared(
-        query, query_rope, latent, rope,
-        gl.allocate_shared_memory(gl.float16, [1, KEYS, ROWS], WEIGHTS),
+        query, query_rope, latent, words, rope, key_scales, weights,
+        gl.allocate_shared_memory(gl.float32, [ROWS], VECTOR),
         barriers(SLOTS, 1), barriers(SLOTS, 1), barriers(1, 1), barriers(1, 1),
     )  # fmt: skip
     gl.warp_specialize(
@@ -131,11 +156,12 @@ def quantised_kernel(
                 scale_log2, q_nope_stride_b, q_nope_stride_s, q_nope_stride_h,
                 q_rope_stride_b, q_rope_stride_s, q_rope_stride_h,
                 out_stride_b, out_stride_s, out_stride_h,
-                lse_stride_b, lse_stride_s, lse_stride_h, VALUE, TAIL, SLOTS, READY,
+                lse_stride_b, lse_stride_s, lse_stride_h, VALUE, TAIL, GROUPS, KEYS,
+                SLOTS, READY, STEP,
             )),
             (_load_bytes, (
-                call, shared, latent_map, rope_map, rope_column, page_rows, num_pages, VALUE,
-                TAIL, SLOTS,
+                call, shared, latent_map, rope_map, scale_map, rope_column, page_rows, num_pages,
+                VALUE, TAIL, GROUPS, KEYS, SLOTS,
             )),
         ],
         [1],
@@ -146,25 +172,34 @@ def quantised_kernel(
 def variant(problem: DecodeProblem, config: Config, geometry: Geometry) -> Variant:
     """The kernel for a problem: everything but sizes that change from step to step is constant."""
     box = min(BLOCK, problem.page_size, geometry.kv_tile)
+    tail, groups = problem.key_tail, groups_of(problem)
+    rows = rows_of(problem, geometry)
+    rope = map_type("fp8e4nv", box, tail or CHUNK, tail or CHUNK)
+    if groups:
+        rope = map_type(TYPE_NAMES[problem.dtype], box, tail, 2 * tail)
     kinds = {
         "*T": f"*{TYPE_NAMES[problem.dtype]}",
-        "map of latents": map_type(box, problem.value_dim, CHUNK),
-        "map of rotary keys": map_type(box, problem.key_tail or CHUNK, problem.key_tail or CHUNK),
+        "map of latents": map_type("fp8e4nv", box, problem.value_dim, CHUNK),
+        "map of rotary keys": rope,
+        "map of scales": map_type("fp32", box, groups, 0) if groups else rope,
     }
     return Variant(
         quantised_kernel,
         tuple((name, kinds.get(kind, kind)) for name, kind in ARGUMENTS),
         (
             ("VALUE", problem.value_dim),
-            ("TAIL", problem.key_tail),
+            ("TAIL", tail),
             ("PAGE_SIZE", problem.page_size),
             ("CSR", problem.csr),
             ("RAGGED", problem.ragged),
             ("CAUSAL", problem.causal),
-            ("ROWS", geometry.row_tile),
+            ("ROWS", rows),
             ("TILE", geometry.kv_tile),
-            ("SLOTS", SLOTS),
-            ("READY", READY[geometry.row_tile]),
+            ("GROUPS", groups),
+            ("KEYS", GROUPED_KEYS[rows] if groups else KEYS),
+            ("SLOTS", GROUPED_SLOTS[rows] if groups else SLOTS),
+            ("READY", (GROUPED_READY if groups else READY)[rows]),
+            ("STEP", (GROUPED_STEP if groups else STEP)[rows]),
         ),
         ALIGNED,
         num_warps=8,
@@ -174,15 +209,29 @@ def variant(problem: DecodeProblem, config: Config, geometry: Geometry) -> Varia
     )
 
 
-def map_type(rows: int, columns: int, swizzle: int) -> str:
-    """What Triton calls a TMA descriptor of boxes of bytes."""
-    layout = gl.NVMMASharedLayout(swizzle, 8, 2)
-    return f"tensordesc<fp8e4nv[{rows}, {columns}],{layout!r}>"
+def groups_of(problem: DecodeProblem) -> int:
+    """Scales of a latent; 0 where one is for all latents."""
+    assert problem.storage is not None
+    return problem.value_dim // problem.storage.group if problem.storage.group else 0
+
+
+def rows_of(problem: DecodeProblem, geometry: Geometry) -> int:
+    """Rows of a program: those of the schedule's tile, or half of them, of which two programs side
+    by side have one each."""
+    return min(geometry.row_tile, most_rows(problem))
+
+
+def map_type(kind: str, rows: int, columns: int, swizzle: int) -> str:
+    """What Triton calls a TMA descriptor of boxes of numbers of a kind."""
+    bits = {"fp8e4nv": 8, "fp32": 32}.get(kind, 16)
+    layout = gl.NVMMASharedLayout(swizzle, bits, 2)
+    return f"tensordesc<{kind}[{rows}, {columns}],{layout!r}>"
 
 
 def arguments(problem: DecodeProblem, geometry: Geometry, tensors: DecodeTensors) -> list[Any]:
     """The run-time arguments, in the order of `ARGUMENTS`."""
     t = tensors
+    latents, rope = maps(problem, t)
     return [
         t.q_nope,
         t.q_rope,
@@ -196,7 +245,9 @@ def arguments(problem: DecodeProblem, geometry: Geometry, tensors: DecodeTensors
         t.partial_lse,
         t.out,
         t.lse,
-        *maps(problem, t),
+        latents,
+        rope,
+        scale_map(problem, t) if groups_of(problem) else rope,
         *row_strides(problem, t),
         t.pages.shape[0] if problem.csr else t.pages.stride(0),
         problem.page_slots,
@@ -209,4 +260,5 @@ def launch(
     launcher: Launch, problem: DecodeProblem, geometry: Geometry, tensors: DecodeTensors
 ) -> None:
     """Writes `out` and `lse`, or partial results where the schedule cuts a group."""
-    launcher((geometry.lanes, geometry.parts, 1), arguments(problem, geometry, tensors))
+    lanes = geometry.lanes * (geometry.row_tile // rows_of(problem, geometry))
+    launcher((lanes, geometry.parts, 1), arguments(problem, geometry, tensors))

@@ -7,11 +7,12 @@ float16 there, and are multiplied: a tile of 16-bit numbers is never written. Th
 columns inside a product is free, as long as both operands have the same, and is chosen so that a
 thread's bytes lie side by side.
 
-Of a block of 128 keys each warpgroup scores 64, and then has half of the latent's columns of all.
+Of a block of 128 keys each warpgroup scores 64, of one of 64 all for half of the queries; and then
+each has half of the latent's columns of all keys.
 
 | barrier | who arrives | who waits | meaning |
 | --- | --- | --- | --- |
-| full | TMA | both warpgroups | a block's latents are in their slot |
+| full | TMA | both warpgroups | a block's latents are in their slot, and their scales |
 | empty | both, as one | loader | they were used up |
 | rope_full | TMA | both warpgroups | a block's rotary keys are there |
 | rope_empty | both, as one | loader | they were used up |
@@ -31,16 +32,29 @@ from mla_triton.kernels.sm90.gluon import (
     warpgroup_mma_wait,
 )
 from mla_triton.kernels.sm90.pieces import LN_2, LOWEST, key_row, partial_row, row_offsets
+from mla_triton.kernels.sm90.quantised_groups import (
+    group_as_rows_of_output,
+    grouped_value_operand,
+    load_scales,
+    multiply_grouped_key_halves,
+    multiply_grouped_keys,
+    store_scaled_weights,
+)
+from mla_triton.kernels.sm90.quantised_operands import (
+    CHUNK,
+    INTERLEAVE,
+    KEYS,
+    PAIR,
+    as_operand,
+    as_rows_of_output,
+    in_halves,
+    in_row_order,
+    key_bytes,
+    prepare_queries,
+    value_bytes,
+)
 
-KEYS = gl.constexpr(128)
-"""Of a block."""
 HALF_KEYS = gl.constexpr(64)
-CHUNK = gl.constexpr(128)
-"""Columns of a latent that lie side by side in shared memory: the widest swizzle."""
-PAIR = gl.constexpr(256)
-"""Columns of a latent that the two warpgroups multiply at once."""
-TOP_EXPONENT = gl.constexpr(14)
-"""Of the largest query of a row, once it is in float16."""
 CLEARED = gl.constexpr(16)
 """Keys that are cleared at once."""
 
@@ -52,8 +66,11 @@ class Shared:
     query: gl.shared_memory_descriptor
     query_rope: gl.shared_memory_descriptor
     latent: gl.shared_memory_descriptor
+    words: gl.shared_memory_descriptor
     rope: gl.shared_memory_descriptor
+    scales: gl.shared_memory_descriptor
     weights: gl.shared_memory_descriptor
+    rescale: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
     rope_full: gl.shared_memory_descriptor
@@ -61,13 +78,17 @@ class Shared:
 
     @gluon.constexpr_function
     def __init__(
-        self, query, query_rope, latent, rope, weights, full, empty, rope_full, rope_empty
-    ):
+        self, query, query_rope, latent, words, rope, scales, weights, rescale, full, empty,
+        rope_full, rope_empty,
+    ):  # fmt: skip
         self.query = query
         self.query_rope = query_rope
         self.latent = latent
+        self.words = words
         self.rope = rope
+        self.scales = scales
         self.weights = weights
+        self.rescale = rescale
         self.full = full
         self.empty = empty
         self.rope_full = rope_full
@@ -76,10 +97,12 @@ class Shared:
 
 @gluon.jit
 def load_bytes(
-    call, shared, latent_map, rope_map, rope_column, page_rows, num_pages,
-    VALUE: gl.constexpr, TAIL: gl.constexpr, SLOTS: gl.constexpr,
+    call, shared, latent_map, rope_map, scale_map, rope_column, page_rows, num_pages,
+    VALUE: gl.constexpr, TAIL: gl.constexpr, GROUPS: gl.constexpr, KEYS: gl.constexpr,
+    SLOTS: gl.constexpr,
 ):  # fmt: skip
     """The loader: every key block of every group into the slots, as they become free."""
+    ROPE_BYTES: gl.constexpr = KEYS * TAIL * rope_map.dtype.primitive_bitwidth // 8
     PAGE: gl.constexpr = call.PAGE_SIZE if call.PAGE_SIZE < call.TILE else call.TILE
     BOX: gl.constexpr = HALF_KEYS if PAGE > HALF_KEYS else PAGE
     cuts = call.groups()
@@ -95,11 +118,12 @@ def load_bytes(
             slot = step % SLOTS
             full = shared.full.index(slot)
             rope_full = shared.rope_full.index(0)
-            if TAIL > 0:
+            if TAIL > 0 and GROUPS == 0:
                 mbarrier.wait(shared.rope_empty.index(0), (step & 1) ^ 1)
-                mbarrier.expect(rope_full, KEYS * TAIL)
+                mbarrier.expect(rope_full, ROPE_BYTES)
             mbarrier.wait(shared.empty.index(slot), (step // SLOTS & 1) ^ 1)
-            mbarrier.expect(full, KEYS * VALUE)
+            mbarrier.expect(full, KEYS * (VALUE + 4 * GROUPS))
+            rows = ()
             for box in gl.static_range(KEYS // BOX):
                 first_key = block + box * BOX
                 row = key_row(page, first_key, num_pages, page_rows, call.PAGE_SIZE)
@@ -107,162 +131,24 @@ def load_bytes(
                 page = call.page(page_row, first_key + BOX, end_key)
                 into = shared.latent.index(slot).slice(box * BOX, BOX, dim=0)
                 copy_tile(latent_map, [row, 0], full, into)
-                if TAIL > 0:
+                if GROUPS > 0:
+                    into = shared.scales.index(slot).slice(box * BOX, BOX, dim=0)
+                    copy_tile(scale_map, [row, 0], full, into)
+                    rows += (row,)  # type: ignore
+                elif TAIL > 0:
                     into = shared.rope.index(0).slice(box * BOX, BOX, dim=0)
                     copy_tile(rope_map, [row, rope_column], rope_full, into)
+            if GROUPS > 0:
+                # Latents do not wait until the rotary keys before these are used up.
+                mbarrier.wait(shared.rope_empty.index(0), (step & 1) ^ 1)
+                mbarrier.expect(rope_full, ROPE_BYTES)
+                for box in gl.static_range(KEYS // BOX):
+                    into = shared.rope.index(0).slice(box * BOX, BOX, dim=0)
+                    copy_tile(rope_map, [rows[box], rope_column], rope_full, into)
             step += 1
 
 
-# -- orders of rows and columns
-
-
-@gluon.constexpr_function
-def key_bytes(columns):
-    """A layout of `[128, columns]` bytes of keys: a thread has a quarter of the columns of two
-    rows, 16 or 32 bytes side by side, which `as_operand` makes those that wgmma wants of it."""
-    registers, column = [], 1
-    while column < columns // 4:
-        registers.append([0, column])
-        column *= 2
-    lanes = [[0, column], [0, 2 * column], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(
-        [*registers, [8, 0]], lanes, [[16, 0], [32, 0], [64, 0]], [], [KEYS.value, columns]
-    )
-
-
-@gluon.jit
-def in_product_order(rows, COLUMNS: gl.constexpr):
-    """Columns of keys or queries as a product takes them: of each quarter four of every 16."""
-    parts = rows.reshape([rows.shape[0], 4, COLUMNS // 16, 2, 2])
-    return parts.permute([0, 2, 3, 1, 4]).reshape([rows.shape[0], COLUMNS])
-
-
-@gluon.constexpr_function
-def value_bytes(keys):
-    """A layout of `[keys, 256]` bytes of latents: a thread has four side by side of every key that
-    wgmma wants of it, so that `in_row_order` moves nothing from thread to thread."""
-    registers, key = [[0, 1], [0, 2], [1, 0]], 8
-    while key < keys:
-        registers.append([key, 0])
-        key *= 2
-    lanes = [[2, 0], [4, 0], [0, 4], [0, 8], [0, 16]]
-    warps = [[0, 32], [0, 64], [0, 128]]
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], [keys, PAIR.value])
-
-
-INTERLEAVE = gl.constexpr("""{
-    .reg .b32 low, high;
-    .reg .b16 a, b, c, d;
-    prmt.b32 low, $4, $5, 0x5140;
-    prmt.b32 high, $4, $5, 0x7362;
-    mov.b32 {a, b}, low;
-    mov.b32 {c, d}, high;
-    cvt.rn.f16x2.e4m3x2 $0, a;
-    cvt.rn.f16x2.e4m3x2 $1, b;
-    cvt.rn.f16x2.e4m3x2 $2, c;
-    cvt.rn.f16x2.e4m3x2 $3, d;
-}""")
-"""Four bytes of each of two keys as four pairs of float16, each of one column: of the bits that say
-which number it is, (key, column 2, column 1), the result has them as (column 2, column 1, key)."""
-
-
-@gluon.jit
-def in_row_order(values, STEP: gl.constexpr):
-    """`[keys, columns]` of latents, once interleaved, as `[rows of the product, keys]`."""
-    column_2: gl.constexpr = 1
-    column_1: gl.constexpr = 5
-    key: gl.constexpr = 6
-    parts = values.reshape([STEP // 2, 2, 2, 4, 8, 2, 2])
-    return parts.permute([column_2, 2, 3, column_1, 4, 0, key]).reshape([PAIR, STEP])
-
-
-@gluon.jit
-def as_rows_of_output(accumulator, ROWS: gl.constexpr):
-    """`[rows of the product, queries]` as `[queries, columns of the latent]`."""
-    parts = accumulator.reshape([2, 2, 4, 2, 8, ROWS])
-    return parts.permute([5, 1, 2, 4, 0, 3]).reshape([ROWS, PAIR])
-
-
-# -- queries
-
-
-@gluon.jit
-def load_columns(source, rows, COLUMN: gl.constexpr, WIDTH: gl.constexpr):
-    """float32 columns of the rows of a tile, from where the offsets are."""
-    ACROSS: gl.constexpr = WIDTH // 8
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [8, 1], [1, 0])
-    columns = COLUMN + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
-    offsets = gl.convert_layout(rows, gl.SliceLayout(1, LAYOUT))
-    addresses = source + gl.expand_dims(offsets, 1) + gl.expand_dims(columns, 0)
-    return gl.load(addresses).to(gl.float32)
-
-
-@gluon.jit
-def largest(values):
-    """Of each row, in a layout of rows that all columns' widths share."""
-    return gl.max(gl.abs(values), 1)
-
-
-@gluon.jit
-def store_queries(values, factor, target, WIDTH: gl.constexpr):
-    """Queries times a factor, in float16 and in the order of the product."""
-    target.store(in_product_order((values * factor).to(gl.float16), WIDTH))
-
-
-@gluon.jit
-def prepare_queries(
-    call, shared, q_nope, q_rope, request, first_row, is_zero,
-    nope_stride_b, nope_stride_s, nope_stride_h, rope_stride_b, rope_stride_s, rope_stride_h,
-    CHUNKS: gl.constexpr, TAIL: gl.constexpr,
-):  # fmt: skip
-    """Queries of a group into shared memory; returns what scores have to be multiplied by for it.
-
-    A power of two brings the largest of the tile to 2^14, so that float16 holds it whatever it is,
-    and the smallest of a row to its full precision if the row's largest is 2^-28 of that.
-    `is_zero` is whether latents are, because their scale is.
-    """
-    FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
-    tile_rows = gl.arange(0, call.ROWS, FLAT)
-    rows = row_offsets(
-        call, request, first_row, tile_rows, nope_stride_b, nope_stride_s, nope_stride_h
-    )
-    peak = gl.zeros([call.ROWS], gl.float32, FLAT)
-    for chunk in gl.static_range(CHUNKS):
-        values = load_columns(q_nope, rows, chunk * CHUNK, CHUNK)
-        peak = gl.maximum(peak, gl.convert_layout(largest(values), FLAT))
-    if TAIL > 0:
-        rope_rows = row_offsets(
-            call, request, first_row, tile_rows, rope_stride_b, rope_stride_s, rope_stride_h
-        )
-        rope_values = load_columns(q_rope, rope_rows, 0, TAIL)
-        peak = gl.maximum(peak, gl.convert_layout(largest(rope_values), FLAT))
-    # Of 2^e <= peak < 2^(e + 1), from the bits: the power that brings it to 2^TOP_EXPONENT. Not of
-    # what is so small that the power would be infinite, nor of what is infinite itself.
-    exponent = (peak.to(gl.int32, bitcast=True) >> 23) & 0xFF
-    exponent = gl.max(gl.where(exponent == 0xFF, 0, exponent), 0)
-    exponent = gl.maximum(exponent, 2 * TOP_EXPONENT)
-    factor = ((254 + TOP_EXPONENT - exponent) << 23).to(gl.float32, bitcast=True)
-    inverse = (exponent - TOP_EXPONENT << 23).to(gl.float32, bitcast=True)
-    for chunk in gl.static_range(CHUNKS):
-        values = load_columns(q_nope, rows, chunk * CHUNK, CHUNK)
-        if is_zero:
-            values = gl.zeros_like(values)
-        store_queries(values, factor, shared.query.index(chunk), CHUNK)
-    if TAIL > 0:
-        store_queries(rope_values, factor, shared.query_rope.index(0), TAIL)
-    fence_async_shared()
-    sync_threads()
-    return inverse
-
-
 # -- a block of keys
-
-
-@gluon.jit
-def as_operand(keys, LAYOUT: gl.constexpr):
-    """Bytes of keys in `key_bytes` as the first operand of a product."""
-    rows = in_product_order(keys.to(gl.float16), keys.shape[1])
-    return gl.convert_layout(rows, gl.DotOperandLayout(0, LAYOUT, 2), assert_trivial=True)
 
 
 @gluon.jit
@@ -277,12 +163,12 @@ def multiply_keys(
     scores = gl.zeros([KEYS, ROWS], gl.float32, LAYOUT)
     if TAIL > 0:
         mbarrier.wait(shared.rope_full.index(0), step & 1)
-        keys = as_operand(shared.rope.index(0).load(key_bytes(TAIL)), LAYOUT)
+        keys = as_operand(shared.rope.index(0).load(key_bytes(TAIL, KEYS)), LAYOUT)
         queries = shared.query_rope.index(zero).permute((1, 0))
         scores = warpgroup_mma(keys, queries, scores, use_acc=False, is_async=True)
     for chunk in gl.static_range(VALUE // CHUNK):
         part = shared.latent.index(slot).slice(chunk * CHUNK, CHUNK, dim=1)
-        keys = as_operand(part.load(key_bytes(CHUNK)), LAYOUT)
+        keys = as_operand(part.load(key_bytes(CHUNK, KEYS)), LAYOUT)
         if TAIL > 0 and chunk == 0:
             scores = warpgroup_mma_wait(0, deps=(scores,)) * rope_ratio
             mbarrier.arrive(shared.rope_empty.index(0), count=1)
@@ -305,18 +191,16 @@ def multiply_key_halves(
     scores = gl.zeros([KEYS, ROWS], gl.float32, LAYOUT)
     if TAIL > 0:
         mbarrier.wait(shared.rope_full.index(0), step & 1)
-        keys = as_operand(shared.rope.index(0).load(key_bytes(TAIL)), LAYOUT)
+        keys = as_operand(shared.rope.index(0).load(key_bytes(TAIL, KEYS)), LAYOUT)
         queries = shared.query_rope.index(zero).permute((1, 0))
         scores = warpgroup_mma(keys, queries, scores, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=(scores,)) * rope_ratio
         mbarrier.arrive(shared.rope_empty.index(0), count=1)
     for chunk in gl.static_range(VALUE // CHUNK):
         part = shared.latent.index(slot).slice(chunk * CHUNK, CHUNK, dim=1)
-        pairs = part.load(key_bytes(CHUNK)).reshape([KEYS, 4, 2, 4, 2, 2])
-        halves = pairs.permute([0, 1, 3, 4, 5, 2]).split()
+        halves = in_halves(part.load(key_bytes(CHUNK, KEYS)))
         for half in gl.static_range(2):
-            keys = halves[half].reshape([KEYS, HALF])
-            keys = as_operand(keys, LAYOUT)
+            keys = as_operand(halves[half], LAYOUT)
             queries = shared.query.index(zero + chunk).slice(half * HALF, HALF, dim=1)
             queries = queries.permute((1, 0))
             is_first = TAIL == 0 and chunk == 0 and half == 0
@@ -327,15 +211,21 @@ def multiply_key_halves(
 
 
 @gluon.jit
-def value_operand(shared, slot, turn, STEP: gl.constexpr, LAYOUT: gl.constexpr):
-    """latents^T of 256 columns of `STEP` keys of a block."""
-    part = shared.latent.index(slot).slice(turn // (KEYS // STEP) * PAIR, PAIR, dim=1)
-    part = part.slice(turn % (KEYS // STEP) * STEP, STEP, dim=0)
-    values = gl.inline_asm_elementwise(
-        INTERLEAVE, "=r,=r,=r,=r,r,r", [part.load(value_bytes(STEP))], gl.float16, True, 8
-    )
-    operand: gl.constexpr = gl.DotOperandLayout(0, LAYOUT, 2)
-    return gl.convert_layout(in_row_order(values, STEP), operand, assert_trivial=True)
+def value_operand(
+    shared, slot, turn, STEP: gl.constexpr, KEYS: gl.constexpr, GROUPS: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """latents^T of the next columns of `STEP` keys of a block: of 256, or of a group."""
+    if GROUPS > 0:
+        return grouped_value_operand(shared, slot, turn, STEP, KEYS, LAYOUT)
+    else:
+        part = shared.latent.index(slot).slice(turn // (KEYS // STEP) * PAIR, PAIR, dim=1)
+        part = part.slice(turn % (KEYS // STEP) * STEP, STEP, dim=0)
+        values = gl.inline_asm_elementwise(
+            INTERLEAVE, "=r,=r,=r,=r,r,r", [part.load(value_bytes(STEP))], gl.float16, True, 8
+        )
+        operand: gl.constexpr = gl.DotOperandLayout(0, LAYOUT, 2)
+        return gl.convert_layout(in_row_order(values, STEP), operand, assert_trivial=True)
 
 
 @gluon.jit
@@ -359,13 +249,14 @@ def clear_past(shared, slot, valid, VALUE: gl.constexpr):
 def store_rows(
     call, values, target, request, first_row, stride_b, stride_s, stride_h, COLUMN: gl.constexpr
 ):
-    """256 columns of a tile's result, to the rows of `out`.
+    """Some columns of a tile's result, to the rows of `out`.
 
-    As the product leaves them a thread has four columns side by side, and eight of them 32.
+    As the product leaves them a thread has four columns side by side, and eight of them 32; with
+    scales of groups, half as many.
     """
     LAYOUT: gl.constexpr = values.type.layout
     rows = gl.arange(0, call.ROWS, gl.SliceLayout(1, LAYOUT))
-    columns = COLUMN + gl.arange(0, PAIR, gl.SliceLayout(0, LAYOUT))
+    columns = COLUMN + gl.arange(0, values.shape[1], gl.SliceLayout(0, LAYOUT))
     places = row_offsets(call, request, first_row, rows, stride_b, stride_s, stride_h)
     inside = rows < call.tokens(request)[1] * call.heads - first_row
     addresses = target + gl.expand_dims(places, 1) + gl.expand_dims(columns, 0)
@@ -379,16 +270,30 @@ def store_partial_rows(
     """The same to the partial results."""
     LAYOUT: gl.constexpr = values.type.layout
     rows = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-    columns = COLUMN + gl.arange(0, PAIR, gl.SliceLayout(0, LAYOUT))
+    columns = COLUMN + gl.arange(0, values.shape[1], gl.SliceLayout(0, LAYOUT))
     places = (slot_row + rows).to(gl.int64) * VALUE
     addresses = target + gl.expand_dims(places, 1) + gl.expand_dims(columns, 0)
     inside = gl.expand_dims(rows < count, 1)
     gl.store(addresses, values, mask=inside, eviction_policy="evict_last")
 
 
+@gluon.constexpr_function
+def scores_layout(keys, rows):
+    """Of `[keys, queries]`: a warpgroup has 64 of 128 keys, or half of the queries of 64 keys."""
+    if keys > 64:
+        return gl.NVMMADistributedLayout([3, 0], [8, 1], [16, rows, 16])
+    return gl.NVMMADistributedLayout([3, 0], [4, 2], [16, rows // 2, 16])
+
+
+@gluon.jit
+def sums_of_thread(weights):
+    """Sums over the two keys of a block that are a thread's own, `[keys / 16, 8, queries]`."""
+    return gl.sum(weights.reshape([weights.shape[0] // 16, 2, 8, weights.shape[1]]), 1)
+
+
 @gluon.jit
 def as_factor(factor, SUMS: gl.constexpr):
-    """A factor for each query as one of a thread's own sums, `[8, 8, queries]`."""
+    """A factor for each query as one of a thread's own sums."""
     each = gl.convert_layout(factor, gl.SliceLayout(0, gl.SliceLayout(0, SUMS)))
     return gl.expand_dims(gl.expand_dims(each, 0), 0)
 
@@ -407,22 +312,29 @@ def attend(
     call, shared, q_nope, q_rope, scales, out, lse, partial_out, partial_lse, scale_log2,
     nope_stride_b, nope_stride_s, nope_stride_h, rope_stride_b, rope_stride_s, rope_stride_h,
     out_stride_b, out_stride_s, out_stride_h, lse_stride_b, lse_stride_s, lse_stride_h,
-    VALUE: gl.constexpr, TAIL: gl.constexpr, SLOTS: gl.constexpr, READY: gl.constexpr,
+    VALUE: gl.constexpr, TAIL: gl.constexpr, GROUPS: gl.constexpr, KEYS: gl.constexpr,
+    SLOTS: gl.constexpr, READY: gl.constexpr, STEP: gl.constexpr,
 ):  # fmt: skip
     """Both warpgroups."""
     ROWS: gl.constexpr = call.ROWS
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, ROWS, 16])
-    BY_ROW: gl.constexpr = gl.SliceLayout(0, PRODUCT)
-    STEP: gl.constexpr = 32 if ROWS > 32 else 64
+    WEIGHTS: gl.constexpr = shared.weights.layout
+    SCORES: gl.constexpr = scores_layout(KEYS, ROWS)
+    BY_ROW: gl.constexpr = gl.SliceLayout(0, SCORES)
     TURNS: gl.constexpr = KEYS // STEP
+    WIDTH: gl.constexpr = CHUNK if GROUPS > 0 else PAIR
     tile_rows = gl.arange(0, ROWS, BY_ROW)
-    block_keys = gl.arange(0, KEYS, gl.SliceLayout(1, PRODUCT))
+    block_keys = gl.arange(0, KEYS, gl.SliceLayout(1, SCORES))
     cuts = call.groups()
-    latent_scale = gl.load(scales)
-    rope_scale = gl.load(scales + 1)
-    # What scores are multiples of: a scale of 0 is none.
-    unit = gl.where(latent_scale != 0.0, latent_scale, 1.0)
-    rope_ratio = rope_scale / unit
+    if GROUPS > 0:
+        is_zero = False
+    else:
+        latent_scale = gl.load(scales)
+        rope_scale = gl.load(scales + 1)
+        is_zero = latent_scale == 0.0
+        # What scores are multiples of: a scale of 0 is none.
+        unit = gl.where(is_zero, 1.0, latent_scale)
+        rope_ratio = rope_scale / unit
     step = cuts[0] * 0
     end_group = cuts[2] + (cuts[3] > 0).to(gl.int32)
     for group in range(cuts[0], end_group):
@@ -431,38 +343,57 @@ def attend(
         reach = call.page_row(request)[1]
         end_key, seen_end, before_queries, whole = call.keys(group, cuts, request, first_row, reach)
         factor = prepare_queries(
-            call, shared, q_nope, q_rope, request, first_row, latent_scale == 0.0,
+            call, shared, q_nope, q_rope, request, first_row, is_zero,
             nope_stride_b, nope_stride_s, nope_stride_h,
-            rope_stride_b, rope_stride_s, rope_stride_h, VALUE // CHUNK, TAIL,
+            rope_stride_b, rope_stride_s, rope_stride_h, VALUE // CHUNK, TAIL, GROUPS,
         )  # fmt: skip
-        factor = factor * (unit * scale_log2)
+        if GROUPS == 0:
+            factor = factor * (unit * scale_log2)
 
         accumulators = ()
-        for _ in gl.static_range(VALUE // PAIR):
-            accumulators += (gl.zeros([PAIR, ROWS], gl.float32, PRODUCT),)  # type: ignore
+        for _ in gl.static_range(VALUE // WIDTH):
+            accumulators += (gl.zeros([WIDTH, ROWS], gl.float32, PRODUCT),)  # type: ignore
         running_max = gl.full([ROWS], LOWEST, gl.float32, BY_ROW)
-        sums = gl.sum(gl.zeros([KEYS, ROWS], gl.float32, PRODUCT).reshape([8, 2, 8, ROWS]), 1)
+        sums = sums_of_thread(gl.zeros([KEYS, ROWS], gl.float32, SCORES))
         SUMS: gl.constexpr = sums.type.layout
         for block in range(begin_key, end_key, KEYS):
             slot = step % SLOTS
             mbarrier.wait(shared.full.index(slot), step // SLOTS & 1)
-            if block + KEYS > end_key:
-                clear_past(shared, slot, end_key - block, VALUE)
             # Zero, but not to the compiler: it would keep a descriptor for every step of a product.
             zero = block >> 31
-            if ROWS > 32:
-                scores = multiply_key_halves(
-                    shared, step, slot, zero, rope_ratio, ROWS, VALUE, TAIL, PRODUCT
-                )
+            if GROUPS > 0:
+                key_scales = load_scales(shared, slot, end_key - block, block_keys)
+                if ROWS > 32:
+                    others, scores = multiply_grouped_key_halves(
+                        shared, step, slot, zero, key_scales, factor, ROWS, GROUPS, KEYS, SCORES
+                    )
+                else:
+                    others, scores = multiply_grouped_keys(
+                        shared, step, slot, zero, key_scales, factor, ROWS, GROUPS, KEYS, SCORES
+                    )
             else:
-                scores = multiply_keys(
-                    shared, step, slot, zero, rope_ratio, ROWS, VALUE, TAIL, PRODUCT
-                )
+                if block + KEYS > end_key:
+                    clear_past(shared, slot, end_key - block, VALUE)
+                if ROWS > 32:
+                    scores = multiply_key_halves(
+                        shared, step, slot, zero, rope_ratio, ROWS, VALUE, TAIL, PRODUCT
+                    )
+                else:
+                    scores = multiply_keys(
+                        shared, step, slot, zero, rope_ratio, ROWS, VALUE, TAIL, PRODUCT
+                    )
             # What does not need the weights is made ready before they are waited for.
             ready = ()
             for turn in gl.static_range(READY):
-                ready += (value_operand(shared, slot, turn, STEP, PRODUCT),)  # type: ignore
-            scores = warpgroup_mma_wait(0, deps=(scores,)) * factor
+                ready += (  # type: ignore
+                    value_operand(shared, slot, turn, STEP, KEYS, GROUPS, PRODUCT),
+                )
+            scores = warpgroup_mma_wait(0, deps=(scores,))
+            if GROUPS > 0:
+                scores = others + scores * gl.expand_dims(key_scales[GROUPS - 1] * factor, 1)
+                scores *= scale_log2
+            else:
+                scores *= factor
             if block + KEYS > seen_end:
                 key = gl.expand_dims(block + block_keys, 1)
                 hidden = key >= end_key
@@ -474,19 +405,28 @@ def attend(
             rescale = gl.exp2(running_max - new_max)
             weights = gl.exp2(scores - gl.expand_dims(new_max, 0))
             running_max = new_max
-            sums = sums * as_factor(rescale, SUMS) + gl.sum(weights.reshape([8, 2, 8, ROWS]), 1)
-            shared.weights.index(0).store(weights.to(gl.float16))
+            sums = sums * as_factor(rescale, SUMS) + sums_of_thread(weights)
+            if GROUPS > 0:
+                store_scaled_weights(shared, weights, key_scales, WEIGHTS)
+            else:
+                shared.weights.index(0).store(weights.to(gl.float16))
+            if KEYS == HALF_KEYS:
+                shared.rescale.store(rescale)
             fence_async_shared()
             sync_threads()
+            if KEYS == HALF_KEYS:
+                # Each warpgroup has factors of half of the queries only.
+                rescale = shared.rescale.load(gl.SliceLayout(0, PRODUCT))
             results = ()
-            for place in gl.static_range(VALUE // PAIR):
+            for place in gl.static_range(VALUE // WIDTH):
                 accumulator = accumulators[place] * gl.expand_dims(rescale, 0)
                 for turn in gl.static_range(place * TURNS, (place + 1) * TURNS):
                     if turn < READY:
                         values = ready[turn]  # type: ignore
                     else:
-                        values = value_operand(shared, slot, turn, STEP, PRODUCT)
-                    part = shared.weights.index(zero).slice(turn % TURNS * STEP, STEP, dim=0)
+                        values = value_operand(shared, slot, turn, STEP, KEYS, GROUPS, PRODUCT)
+                    own = shared.weights.index(zero + place if GROUPS > 0 else zero)
+                    part = own.slice(turn % TURNS * STEP, STEP, dim=0)
                     accumulator = warpgroup_mma(values, part, accumulator, is_async=True)
                     if turn >= READY:
                         accumulator = warpgroup_mma_wait(1, deps=(accumulator,))
@@ -501,16 +441,20 @@ def attend(
         running_sum = gl.convert_layout(gl.sum(gl.sum(sums, 1), 0), BY_ROW)
         empty = running_sum == 0.0
         total = gl.where(empty, 1.0, running_sum)
-        inverse = gl.expand_dims(latent_scale / total, 0)
-        for place in gl.static_range(VALUE // PAIR):
-            result = as_rows_of_output(accumulators[place] * inverse, ROWS)
+        inverse = (1.0 if GROUPS > 0 else latent_scale) / total
+        inverse = gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(0, PRODUCT)), 0)
+        for place in gl.static_range(VALUE // WIDTH):
+            if GROUPS > 0:
+                result = group_as_rows_of_output(accumulators[place] * inverse, ROWS)
+            else:
+                result = as_rows_of_output(accumulators[place] * inverse, ROWS)
             if whole:
                 store_rows(
                     call, result, out, request, first_row, out_stride_b, out_stride_s,
-                    out_stride_h, place * PAIR,
+                    out_stride_h, place * WIDTH,
                 )  # fmt: skip
             else:
-                store_partial_rows(result, partial_out, slot_row, count, place * PAIR, ROWS, VALUE)
+                store_partial_rows(result, partial_out, slot_row, count, place * WIDTH, ROWS, VALUE)
         inside = tile_rows < count
         lse_log2 = gl.where(empty, float("-inf"), running_max + gl.log2(total))
         if whole:

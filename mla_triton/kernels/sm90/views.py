@@ -21,6 +21,15 @@ def maps(problem: DecodeProblem, tensors: DecodeTensors) -> list[View]:
     return [latents, View(tensors.kpe, (rows, problem.rope), (problem.kpe_stride_slot, 1))]
 
 
+def scale_map(problem: DecodeProblem, tensors: DecodeTensors) -> View:
+    """The scales of groups, as one row of the same slots."""
+    assert problem.storage is not None
+    assert tensors.scales is not None
+    pages, _, groups = tensors.scales.shape
+    rows = (pages - 1) * problem.page_slots + problem.page_size
+    return View(tensors.scales, (rows, groups), (problem.storage.scales_stride_slot, 1))
+
+
 def row_strides(problem: DecodeProblem, tensors: DecodeTensors) -> list[int]:
     """(request, token, head) strides of queries and results."""
     rows = (tensors.q_nope, tensors.q_rope, tensors.out, tensors.lse)

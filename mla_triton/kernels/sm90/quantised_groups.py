@@ -1,0 +1,206 @@
+"""What the Hopper kernel over an e4m3 cache does otherwise where each 128 columns have a scale.
+
+A token has 512 e4m3 numbers, a float32 scale for each 128 of them, and 64 rotary numbers that are
+16-bit as they lie. Neither product can take a scale out of its sum over keys, so
+
+* scores^T of a group of columns have an accumulator of their own, whose rows, keys, are multiplied
+  by the scales of the group, in float32;
+* latents^T of a group are multiplied by weights of their own: those of the keys times the scales of
+  the group.
+
+Scales are any float32 numbers, in one block of keys of any ratio. float16 would not hold a weight
+times a scale, nor that by a common factor; bfloat16 holds it as precisely as it holds a weight. So
+the second product is of bfloat16, in which e4m3 numbers are exact, too, and there is no rounding
+that one over 16-bit keys does not have.
+"""
+
+# No `from __future__ import annotations`: Triton reads the annotations.
+
+from mla_triton.kernels.sm90.gluon import (
+    gl,
+    gluon,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from mla_triton.kernels.sm90.quantised_operands import (
+    CHUNK,
+    as_operand,
+    in_halves,
+    key_bytes,
+    warps_of_keys,
+)
+
+WORDS = gl.constexpr(64)
+"""Pairs of columns of a group."""
+
+
+@gluon.constexpr_function
+def scale_numbers(keys):
+    """A layout of `[keys, 4]` scales: a thread has those of the two keys that are its rows of a
+    product."""
+    return gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [8, 0]],
+        [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]],
+        warps_of_keys(keys),
+        [],
+        [keys, 4],
+    )
+
+
+@gluon.jit
+def load_scales(shared, slot, valid, block_keys):
+    """The scales of a block, for each group `[keys]`; from key `valid` on 0: what lies there may be
+    NaN, and a weight of 0 times NaN is."""
+    LAYOUT: gl.constexpr = block_keys.type.layout
+    scales = shared.scales.index(slot).load(scale_numbers(block_keys.shape[0]))
+    even, odd = scales.reshape([block_keys.shape[0], 2, 2]).split()
+    first, third = even.split()
+    second, fourth = odd.split()
+    inside = block_keys < valid
+    return (
+        gl.where(inside, gl.convert_layout(first, LAYOUT, assert_trivial=True), 0.0),
+        gl.where(inside, gl.convert_layout(second, LAYOUT, assert_trivial=True), 0.0),
+        gl.where(inside, gl.convert_layout(third, LAYOUT, assert_trivial=True), 0.0),
+        gl.where(inside, gl.convert_layout(fourth, LAYOUT, assert_trivial=True), 0.0),
+    )
+
+
+@gluon.jit
+def multiply_grouped_keys(
+    shared, step, slot, zero, scales, factor, ROWS: gl.constexpr, GROUPS: gl.constexpr,
+    KEYS: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Starts keys x queries^T of a block, `[keys, queries]`: (scores but for the last group, the
+    products of that, which are under way).
+
+    Scores are of the queries as they are: of a latent's columns their multiples by 1 / `factor`
+    were multiplied.
+    """
+    scores = gl.zeros([KEYS, ROWS], gl.float32, LAYOUT)
+    mbarrier.wait(shared.rope_full.index(0), step & 1)
+    queries = shared.query_rope.index(zero).permute((1, 0))
+    product = warpgroup_mma(shared.rope.index(0), queries, scores, use_acc=False, is_async=True)
+    for group in gl.static_range(GROUPS):
+        part = shared.latent.index(slot).slice(group * CHUNK, CHUNK, dim=1)
+        keys = as_operand(part.load(key_bytes(CHUNK, KEYS)), LAYOUT)
+        queries = shared.query.index(zero + group).permute((1, 0))
+        fresh = gl.zeros([KEYS, ROWS], gl.float32, LAYOUT)
+        fresh = warpgroup_mma(keys, queries, fresh, use_acc=False, is_async=True)
+        # One product is under way while that before it is scaled and the next operand is made.
+        product, fresh = warpgroup_mma_wait(1, deps=(product, fresh))
+        if group == 0:
+            mbarrier.arrive(shared.rope_empty.index(0), count=1)
+            scores = product
+        else:
+            scores += product * gl.expand_dims(scales[group - 1] * factor, 1)
+        product = fresh
+    return scores, product
+
+
+@gluon.jit
+def multiply_grouped_key_halves(
+    shared, step, slot, zero, scales, factor, ROWS: gl.constexpr, GROUPS: gl.constexpr,
+    KEYS: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """The same in products of half as many columns, with one accumulator less."""
+    HALF: gl.constexpr = CHUNK // 2
+    product = gl.zeros([KEYS, ROWS], gl.float32, LAYOUT)
+    mbarrier.wait(shared.rope_full.index(0), step & 1)
+    queries = shared.query_rope.index(zero).permute((1, 0))
+    product = warpgroup_mma(shared.rope.index(0), queries, product, use_acc=False, is_async=True)
+    scores = product
+    for group in gl.static_range(GROUPS):
+        part = shared.latent.index(slot).slice(group * CHUNK, CHUNK, dim=1)
+        halves = in_halves(part.load(key_bytes(CHUNK, KEYS)))
+        for half in gl.static_range(2):
+            keys = as_operand(halves[half], LAYOUT)
+            queries = shared.query.index(zero + group).slice(half * HALF, HALF, dim=1)
+            if half == 0:
+                # The sum of the group before this one is scaled before another takes its place.
+                product = warpgroup_mma_wait(0, deps=(product,))
+                if group == 0:
+                    mbarrier.arrive(shared.rope_empty.index(0), count=1)
+                    scores = product
+                else:
+                    scores += product * gl.expand_dims(scales[group - 1] * factor, 1)
+                product = gl.zeros([KEYS, ROWS], gl.float32, LAYOUT)
+            product = warpgroup_mma(
+                keys, queries.permute((1, 0)), product, use_acc=half > 0, is_async=True
+            )
+    return scores, product
+
+
+@gluon.jit
+def store_scaled_weights(shared, weights, scales, LAYOUT: gl.constexpr):
+    """For each group the weights of a block times its scales, `[keys, queries]`.
+
+    Together: between four stores to one allocation the compiler has the warps wait for each other.
+    """
+    first, second, third, fourth = scales
+    outer = gl.join(scaled(weights, first), scaled(weights, third))
+    inner = gl.join(scaled(weights, second), scaled(weights, fourth))
+    every = gl.join(outer, inner).permute([2, 3, 0, 1])
+    rows: gl.constexpr = 4 * weights.shape[0]
+    target = shared.weights._reinterpret(gl.bfloat16, [rows, weights.shape[1]], LAYOUT)
+    target.store(every.reshape([rows, weights.shape[1]]))
+
+
+@gluon.jit
+def scaled(weights, scales):
+    return (weights * gl.expand_dims(scales, 1)).to(gl.bfloat16)
+
+
+@gluon.constexpr_function
+def value_words(keys):
+    """A layout of `[keys, 64]` pairs of columns as `ldmatrix` leaves them, transposed: a thread has
+    the pairs that are two of its rows of a product, of every key that wgmma wants of it."""
+    registers, key = [[1, 0]], 8
+    while key < keys:
+        registers.append([key, 0])
+        key *= 2
+    lanes = [[2, 0], [4, 0], [0, 1], [0, 2], [0, 4]]
+    warps = [[0, 8], [0, 16], [0, 32]]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [keys, WORDS.value])
+
+
+PAIRS = gl.constexpr("""{
+    .reg .b32 even, odd, large;
+    prmt.b32 even, $2, $2, 0xa280;
+    prmt.b32 odd, $2, $2, 0xb391;
+    shl.b32 even, even, 4;
+    shl.b32 odd, odd, 4;
+    and.b32 even, even, 0x87f087f0;
+    and.b32 odd, odd, 0x87f087f0;
+    mov.b32 large, 0x7b807b80;
+    mul.rn.bf16x2 $0, even, large;
+    mul.rn.bf16x2 $1, odd, large;
+}""")
+"""Two bytes of each of two keys as two pairs of bfloat16, each of one column.
+
+`prmt` widens a byte to 16 bits by its sign. Four bits further left, sign, exponent and significand
+are where bfloat16 has them, and the exponent is 120 too small: also of a number so small that
+e4m3, and bfloat16 with it, has no leading one for it. A NaN becomes 480: the scores of its key are
+NaN already.
+"""
+
+
+@gluon.jit
+def grouped_value_operand(
+    shared, slot, turn, STEP: gl.constexpr, KEYS: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """latents^T of the 128 columns of a group of `STEP` keys of a block."""
+    part = shared.words.index(slot).slice(turn // (KEYS // STEP) * WORDS, WORDS, dim=1)
+    part = part.slice(turn % (KEYS // STEP) * STEP, STEP, dim=0)
+    even, odd = gl.inline_asm_elementwise(
+        PAIRS, "=r,=r,r", [part.load(value_words(STEP))], (gl.bfloat16, gl.bfloat16), True, 2
+    )
+    values = gl.join(even, odd).reshape([STEP, 8, 8, 2]).permute([1, 3, 2, 0])
+    operand: gl.constexpr = gl.DotOperandLayout(0, LAYOUT, 2)
+    return gl.convert_layout(values.reshape([CHUNK, STEP]), operand, assert_trivial=True)
+
+
+@gluon.jit
+def group_as_rows_of_output(accumulator, ROWS: gl.constexpr):
+    """`[rows of the product, queries]` as `[queries, columns of the group]`."""
+    return accumulator.reshape([8, 2, 8, ROWS]).permute([3, 0, 2, 1]).reshape([ROWS, CHUNK])
