@@ -227,6 +227,9 @@ class PrefillProblem:
     causal: bool
     usual_queries: int
     """Query tokens of an average sequence, up to the next power of two; at most `LARGEST_TILE`."""
+    batch_invariant: bool = False
+    """Whether the result of a sequence must not depend on the others: tiles are then those of long
+    sequences."""
     negative_scale: bool = False
     """Whether the largest logit is the smallest product."""
     aligned: bool = True

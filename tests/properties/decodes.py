@@ -94,7 +94,9 @@ def run(inputs: DecodeInputs, execution: Execution, **options: Any) -> Attention
     return mla_triton.decode(*arguments, **own, **buffers, impl=execution.impl, **options)
 
 
-def plan_of(inputs: DecodeInputs, execution: Execution, parts: int) -> mla_triton.Plan:
+def plan_of(
+    inputs: DecodeInputs, execution: Execution, parts: int | None, **options: Any
+) -> mla_triton.Plan:
     return mla_triton.plan(
         inputs.kv_lens,
         heads=inputs.q_nope.shape[-2],
@@ -105,6 +107,7 @@ def plan_of(inputs: DecodeInputs, execution: Execution, parts: int) -> mla_trito
         value_dim=inputs.value_dim,
         parts=parts,
         impl=execution.impl,
+        **options,
     )
 
 

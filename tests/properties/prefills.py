@@ -74,11 +74,11 @@ def problems(
     )
 
 
-def run(inputs: PrefillInputs, execution: Execution) -> AttentionState:
+def run(inputs: PrefillInputs, execution: Execution, **options: Any) -> AttentionState:
     """Into buffers of NaN."""
     arguments, own = inputs.call_arguments()
     buffers = inputs.output_buffers()
-    return mla_triton.prefill(*arguments, **own, **buffers, impl=execution.impl)
+    return mla_triton.prefill(*arguments, **own, **buffers, impl=execution.impl, **options)
 
 
 def problem_of(inputs: PrefillInputs) -> Any:
