@@ -34,6 +34,10 @@ def add_commands(commands: Commands) -> None:
     add("--table", nargs="+", choices=TABLES, default=["dense"], help="of the pages")
     add("--queries", nargs="+", choices=QUERIES, default=QUERIES, help="how they lie in memory")
     add("--ragged", action="store_true", help="query tokens by cu_seqlens_q, up to --s-q a request")
+    add(
+        "--batch-invariant", action="store_true",
+        help="calls with batch_invariant=True, which launch other kernels",
+    )  # fmt: skip
     add("--capability", metavar="LABEL", help='another card than the one here: "8.9", "gfx942"')
     add("--gpu", metavar="NAME", help="its name, for which there are tuned rows: 'NVIDIA H200'")
     add("--sm-count", type=positive, metavar="N", help="its multiprocessors, where not the usual")
@@ -66,6 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
             table=arguments.table,
             queries=arguments.queries,
             ragged=arguments.ragged,
+            batch_invariant=arguments.batch_invariant,
         )
     except (ValueError, NotImplementedError, OSError) as error:
         arguments.parser.error(str(error))

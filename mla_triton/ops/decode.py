@@ -134,7 +134,7 @@ def decode(
     )  # fmt: skip
     planned = None if plan is None else plan.key
     options = (
-        softmax_scale, causal, value_dim, max_kv_len, allow_tf32, batch_invariant, planned, impl,
+        softmax_scale, causal, value_dim, max_kv_len, allow_tf32, planned, impl, batch_invariant,
     )  # fmt: skip
     if not RECALLED.again(tensors, options):
         torch.ops.mla_triton.decode(*tensors, *options)
@@ -156,8 +156,8 @@ LIBRARY.define(
     "Tensor pages, Tensor? indptr, Tensor kv_lens, Tensor? cu_seqlens_q, Tensor? schedule, "
     "Tensor(a!)? partial_out, "
     "Tensor(b!)? partial_lse, Tensor(c!) out, Tensor(d!) lse, float softmax_scale, bool causal, "
-    "SymInt? value_dim, SymInt? max_kv_len, bool allow_tf32, bool batch_invariant, "
-    "SymInt[]? planned, str? impl) -> ()"
+    "SymInt? value_dim, SymInt? max_kv_len, bool allow_tf32, SymInt[]? planned, "
+    "str? impl, bool batch_invariant=False) -> ()"
 )
 
 
@@ -241,9 +241,9 @@ def _decode(
     value_dim: int | None,
     max_kv_len: int | None,
     allow_tf32: bool,
-    batch_invariant: bool,
     planned: list[int] | None,
     impl: str | None,
+    batch_invariant: bool = False,
 ) -> None:
     problem = validate.decode(
         q_nope, q_rope, ckv, kpe, scales, pages, indptr, kv_lens, cu_seqlens_q, out, lse,
@@ -291,7 +291,7 @@ def _decode(
         schedule, partial_out, partial_lse, out, lse,
     )  # fmt: skip
     options = (
-        softmax_scale, causal, value_dim, max_kv_len, allow_tf32, batch_invariant, planned, impl,
+        softmax_scale, causal, value_dim, max_kv_len, allow_tf32, planned, impl, batch_invariant,
     )  # fmt: skip
     length = configs.length_bucket(problem.max_kv_len)
     ready = prepare(chosen.module, problem, device, q_nope.device.index, like, length)

@@ -62,10 +62,10 @@ def prefill(
         max_seqlen_q: an upper bound of the sequences' query tokens, where the host knows one: it
             spares programs that find nothing to do. Of a longer sequence the rest of its rows are
             not written.
-        batch_invariant: whether each sequence's result, bit for bit, is to depend on nothing but its
-            own rows: not on what else is in the batch, nor on its order. Tiles are then those of
-            long sequences, and configs the heuristic's. Of one card, version of this package and
-            implementation.
+        batch_invariant: whether each sequence's result, bit for bit, is to depend on nothing but
+            its own rows: not on what else is in the batch, nor on its order. Tiles are then those
+            of long sequences, and configs the heuristic's. Of one card, version of this package
+            and implementation.
         impl: "sm90", "portable" or "reference"; refused with a reason where it cannot run, never
             replaced. Without it the best one that can run.
         out, lse: buffers for the result, for CUDA graphs; `[q_tokens, heads, v_dim]` in q's dtype
@@ -106,7 +106,7 @@ def prefill(
     else:
         validate.check_tensor("lse", lse)
     tensors = (q, q_rope, k, k_rope, v, cu_seqlens_q, cu_seqlens_k, out, lse)
-    options = (softmax_scale, causal, max_seqlen_q, batch_invariant, impl)
+    options = (softmax_scale, causal, max_seqlen_q, impl, batch_invariant)
     if not RECALLED.again(tensors, options):
         torch.ops.mla_triton.prefill(*tensors, *options)
     return AttentionState(out, lse)
@@ -125,7 +125,7 @@ def forget() -> None:
 LIBRARY.define(
     "prefill(Tensor q, Tensor? q_rope, Tensor k, Tensor? k_rope, Tensor v, Tensor cu_seqlens_q, "
     "Tensor cu_seqlens_k, Tensor(a!) out, Tensor(b!) lse, float softmax_scale, bool causal, "
-    "SymInt? max_seqlen_q, bool batch_invariant, str? impl) -> ()"
+    "SymInt? max_seqlen_q, str? impl, bool batch_invariant=False) -> ()"
 )
 
 
@@ -174,8 +174,8 @@ def _prefill(
     softmax_scale: float,
     causal: bool,
     max_seqlen_q: int | None,
-    batch_invariant: bool,
     impl: str | None,
+    batch_invariant: bool = False,
 ) -> None:
     if cu_seqlens_k is cu_seqlens_q:
         # A recording tells tensors apart by identity, and the next call's may be two.
@@ -207,7 +207,7 @@ def _prefill(
         ready.config,
         PrefillTensors(*tensors, softmax_scale),
     )
-    options = (softmax_scale, causal, max_seqlen_q, batch_invariant, impl)
+    options = (softmax_scale, causal, max_seqlen_q, impl, batch_invariant)
     RECALLED.keep(tensors, options, recording, None)
 
 
@@ -224,8 +224,8 @@ def _prefill_fake(
     softmax_scale: float,
     causal: bool,
     max_seqlen_q: int | None,
-    batch_invariant: bool,
     impl: str | None,
+    batch_invariant: bool = False,
 ) -> None:
     """The rules alone: results go to `out` and `lse`, which are there."""
     validate_prefill.prefill(

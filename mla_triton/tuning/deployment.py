@@ -61,6 +61,7 @@ class Deployment:
     """Width of a head's values in a prefill, where it is known."""
     prefill_tokens: int = 0
     """Query tokens of a prefill at most; 0 where `mla_triton.prefill` is not called."""
+    batch_invariant: bool = False
 
     def forms(self, batch: int) -> Iterator[DecodeProblem]:
         """The problems of a batch that differ in more than sizes, `max_len` keys long each."""
@@ -179,6 +180,7 @@ class Deployment:
             value_dim=self.value_dim,
             max_kv_len=None if table == "csr" else self.max_len,
             allow_tf32=False,
+            batch_invariant=self.batch_invariant,
             has_memory=False,
         )
 
@@ -204,6 +206,7 @@ class Deployment:
             softmax_scale=1.0,
             causal=causal,
             max_seqlen_q=None,
+            batch_invariant=self.batch_invariant,
             has_memory=False,
         )
 
@@ -240,6 +243,7 @@ def describe(
     ragged: bool = False,
     causal: bool = True,
     prefill_tokens: int = 0,
+    batch_invariant: bool = False,
 ) -> Deployment:
     """A deployment by model or by shapes; ValueError naming argument, rule and value.
 
@@ -283,6 +287,7 @@ def describe(
         ragged=bool(ragged),
         causal=bool(causal),
         prefill_tokens=_least("prefill_tokens", prefill_tokens, 0),
+        batch_invariant=bool(batch_invariant),
     )
     for kind in described.dtypes:
         for name in described.cache_formats:

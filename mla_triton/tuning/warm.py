@@ -35,7 +35,9 @@ SIZES = (
     "ROW_TILE", "BLOCK_M", "BLOCK_N", "BLOCKS", "BLOCK_B", "NOPE_STEP", "ROPE_STEP", "OUT_STEP",
     "PIECES", "LEVELS", "OTHERS", "ROWS", "CHUNKS", "SLOTS",
 )  # fmt: skip
-SWITCHES = ("FUSED", "CSR", "RAGGED", "CAUSAL", "GATHER", "FULL_TILES", "ALONE", "MASKED")
+SWITCHES = ("FUSED", "CSR", "RAGGED", "CAUSAL", "GATHER", "FULL_TILES", "ALONE", "MASKED",
+    "FIXED",
+)  # fmt: skip
 """Constants that kernels of one deployment differ in."""
 
 
@@ -88,7 +90,7 @@ def warmup(
         description: the deployment, as `mla-triton warmup --help` lists it: `model` or `from_model`
             with `tp`, or `heads`, `latent`, `rope`, `value_dim`; `max_batch`, `max_len`, `s_q`,
             `dtype`, `page_size`, `layout`, `table`, `queries`, `ragged`, `causal`,
-            `prefill_tokens`. One value or several where several make sense.
+            `prefill_tokens`, `batch_invariant`. One value or several where several make sense.
 
     Raises:
         ValueError: an argument breaks a rule; the message names it.
@@ -196,7 +198,7 @@ def _variants(
     for batch in batches:
         longest = resized(form, batch, lengths[-1])
         for implementation, geometry in _ways(longest, device):
-            yield schedule.variant(batch, form.ragged, geometry.kv_tile, device)
+            yield schedule.variant(batch, form.ragged, geometry.kv_tile, device, geometry.fixed)
             for length in lengths:
                 problem = resized(form, batch, length)
                 row_tile = geometry.row_tile
@@ -218,8 +220,8 @@ def _prefill_variants(deployment: Deployment, device: Device) -> Iterator[Varian
             for batch in batches:
                 for length in powers_of_two(longest):
                     problem = replace(
-                        form, usual_queries=usual, batch=batch, queries=batch * usual,
-                        keys=batch * length,
+                        form, batch=batch, queries=batch * usual, keys=batch * length,
+                        usual_queries=LARGEST_TILE if form.batch_invariant else usual,
                     )  # fmt: skip
                     implementation = select.choose_prefill(problem, device).module
                     config = configs.choose(implementation, problem, device).config
