@@ -32,7 +32,7 @@ PYTEST_ARGS ?= -n $(JOBS)
 # What runs compiled where there is a GPU; the rest belongs to the interpreter, or to neither.
 ON_GPU := tests/gpu tests/compat tests/test_operators.py tests/test_prefill_operators.py tests/test_merge.py \
 	tests/test_merge_operators.py tests/test_recall.py tests/test_deepseek_v3_layer.py \
-	tests/test_program_defaults.py
+	tests/test_program_defaults.py tests/mutations
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -67,6 +67,7 @@ bench: $(VENV)/.demo ## decode speed on this machine's GPU, beside the ceilings 
 
 docs: $(VENV)/.demo ## write the generated pages of docs/ again
 	$(BIN)/python docs/generate_support.py
+	$(BIN)/python tests/mutations/mutation_table.py
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/report_tuning.py
 

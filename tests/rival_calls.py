@@ -346,6 +346,11 @@ def flashinfer_single(*, q_len: int, k_len: int, layout: str = "NHD", **recipe: 
         inputs.q, k, v, causal=inputs.causal, kv_layout=layout
     )
     assert torch.equal(alone, out)
+    again = flashinfer.single_prefill_with_kv_cache_return_lse(
+        inputs.q, k, v, causal=inputs.causal, kv_layout=layout
+    )
+    assert torch.equal(again[0], out)
+    assert torch.equal(again[1], lse)
 
 
 def base_2_states(**recipe: Any) -> tuple[MergeInputs, list[torch.Tensor], AttentionState]:
@@ -442,6 +447,28 @@ def vllm_merge(*, with_context: int | None = None, in_place: bool = False, **rec
         truth.out[with_context:] = suffix.out[with_context:].double()
         truth.lse[with_context:] = suffix.lse[with_context:].double()
     judge(output, output_lse.T, inputs, truth)
+
+
+def sglang_merge(*, with_buffers: bool, **recipe: Any) -> None:
+    inputs, (s_a, s_b), truth = base_2_states(**recipe)
+    v_a, v_b = (state.out for state in inputs.states)
+    buffers = (like_nan(v_a), like_nan(s_a)) if with_buffers else ()
+    v, s = sglang.merge_state(v_a, s_a, v_b, s_b, *buffers)
+    judge(v, as_natural(s), inputs, truth)
+    assert not buffers or (v is buffers[0] and s is buffers[1])
+
+
+def sglang_merge_v2(*, with_buffers: bool, **recipe: Any) -> None:
+    inputs = merge_inputs(**recipe)
+    first, second = inputs.states
+    truth = true_merge([first.out, second.out], [first.lse.double(), second.lse.double()])
+    s_a = torch.where(first.lse == -INF, INF, first.lse)
+    kept = s_a.clone()
+    buffers = (like_nan(first.out), like_nan(s_a)) if with_buffers else ()
+    v, s = sglang.merge_state_v2(first.out, s_a, second.out, second.lse, *buffers)
+    judge(v, s, inputs, truth)
+    assert torch.equal(s_a, kept)
+    assert not buffers or (v is buffers[0] and s is buffers[1])
 
 
 def sglang_decode(*, index_dtype: torch.dtype = torch.int32, **recipe: Any) -> None:

@@ -1,4 +1,4 @@
-"""SGLang's interface: the decoding of its Triton back end, for MLA."""
+"""SGLang's interface: decoding of its Triton back end, for MLA, and the merges of its kernels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from mla_triton import CSRPageTable
+from mla_triton.compat import flashinfer, vllm
 from mla_triton.compat.conventions import (
     check_cache_dtype,
     check_rank,
@@ -17,7 +18,7 @@ from mla_triton.compat.conventions import (
     only,
 )
 
-__all__ = ["decode_attention_fwd"]
+__all__ = ["decode_attention_fwd", "merge_state", "merge_state_v2"]
 
 
 def decode_attention_fwd(
@@ -83,3 +84,51 @@ def decode_attention_fwd(
         out=o.unsqueeze(1),
         lse=q.new_empty(q.shape[0], 1, q.shape[1], dtype=torch.float32),
     )
+
+
+def merge_state(
+    v_a: torch.Tensor,
+    s_a: torch.Tensor,
+    v_b: torch.Tensor,
+    s_b: torch.Tensor,
+    v_merged: torch.Tensor | None = None,
+    s_merged: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two states of the same queries over disjoint keys, as one, by FlashInfer's conventions.
+
+    Args:
+        v_a, v_b: `[tokens, heads, head_dim]` float16, bfloat16 or float32.
+        s_a, s_b: `[tokens, heads]`, base-2 logarithms. A state with -inf is empty.
+        v_merged, s_merged: buffers for the result.
+
+    Returns:
+        v in v_a's dtype, and s float32; the buffers where they are given.
+
+    Raises TypeError and ValueError as `mla_triton.merge` does.
+    """
+    v, s = flashinfer.merge_state(v_a, s_a, v_b, s_b)
+    return (
+        v if v_merged is None else v_merged.copy_(v),
+        s if s_merged is None else s_merged.copy_(s),
+    )
+
+
+def merge_state_v2(
+    v_a: torch.Tensor,
+    s_a: torch.Tensor,
+    v_b: torch.Tensor,
+    s_b: torch.Tensor,
+    v_merged: torch.Tensor | None = None,
+    s_merged: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same with natural logarithms, in which +inf counts as -inf: both mark an empty row."""
+    check_tensors(v_a=v_a, s_a=s_a, s_b=s_b)
+    check_rank("s_a", s_a, "tokens, heads")
+    check_rank("s_b", s_b, "tokens, heads")
+    if v_merged is None:
+        v_merged = torch.empty_like(v_a)
+    if s_merged is None:
+        s_merged = torch.empty_like(s_a, dtype=torch.float32)
+    check_rank("s_merged", s_merged, "tokens, heads")
+    vllm.merge_attn_states(v_merged, v_a, s_a.float().T, v_b, s_b.float().T, s_merged.T)
+    return v_merged, s_merged

@@ -304,20 +304,28 @@ def _moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
-def append_excess(got: CacheMemory, inputs: AppendInputs) -> float:
-    """How far past its budget the stored number furthest past it is; at most 0 where all are right.
+def append_errors(got: CacheMemory, inputs: AppendInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[tokens, latent + rope]` each: how far every stored number is off, and how far it may be.
 
     The budget is twice the error of the same arithmetic in float32, and of one rounding to what
     the cache has; and, once, what another order of that arithmetic can change.
     """
     slots, exact = inputs.slots.long()[inputs.written], inputs.exact()
     if not len(slots):
-        return 0.0
+        return exact, exact
     rope = 0 if inputs.rope is None else inputs.rope.shape[1]
     found = got.values(slots, rope)
     same = inputs.expected(torch.float32).values(slots, rope)
     allowed = 2 * ((same - exact).abs() + _roundings(got, exact, rope)) + _reordering(inputs, exact)
-    return float(((found - exact).abs() - allowed).nan_to_num(float("inf")).amax())
+    return (found - exact).abs(), allowed
+
+
+def append_excess(got: CacheMemory, inputs: AppendInputs) -> float:
+    """How far past its budget the number furthest past it is; at most 0 where all are right."""
+    error, allowed = append_errors(got, inputs)
+    if not len(error):
+        return 0.0
+    return float((error - allowed).nan_to_num(float("inf")).amax())
 
 
 def _reordering(inputs: AppendInputs, exact: torch.Tensor) -> torch.Tensor:

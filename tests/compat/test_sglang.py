@@ -12,6 +12,7 @@ from mla_triton.compat import sglang
 
 SMALL = {"heads": 3, "latent": 128, "rope": 32}
 HALVES = [torch.float16, torch.bfloat16]
+MERGE = {"tokens": (5,), "heads": 3, "value_dim": 64}
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -98,3 +99,18 @@ def test_refusals(changes, error, message):
     with pytest.raises(error) as raised:
         call(**changes)
     assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("with_buffers", [False, True])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_merges(dtype, with_buffers, device):
+    given = {"with_buffers": with_buffers, "dtype": dtype, "device": device}
+    rival_calls.sglang_merge(**given, **MERGE)
+    rival_calls.sglang_merge_v2(**given, **MERGE)
+
+
+def test_rules_of_merges():
+    v, s = torch.zeros(3, 2, 8), torch.zeros(3, 2)
+    with pytest.raises(ValueError, match="s_a") as raised:
+        sglang.merge_state_v2(v, s[0], v, s)
+    assert str(raised.value) == "s_a must be [tokens, heads], got shape (2,)"

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import pytest
+from given_configs import choosing
 
 import mla_triton
 from mla_triton import configs, select, validate
@@ -18,7 +18,6 @@ from mla_triton import device as devices
 from mla_triton.configs import Choice
 from mla_triton.device import Device
 from mla_triton.kernels.sm90.decode_config import Config
-from mla_triton.ops import decode as operation
 from mla_triton.problem import DecodeProblem
 from mla_triton.testing.problems import DecodeInputs
 
@@ -51,13 +50,8 @@ def forced(way: Way) -> Iterator[None]:
             return Choice(config, "user", "said by a test", None)
         return right(implementation, problem, device, row_tile)
 
-    operation.forget()
-    try:
-        with patch.object(configs, "choose", choose):
-            yield
-    finally:
-        # Nothing that is kept may outlive what was forced.
-        operation.forget()
+    with choosing(choose):
+        yield
 
 
 def run(inputs: DecodeInputs, way: Way, **more: Any) -> mla_triton.AttentionState:

@@ -11,6 +11,7 @@ from mla_triton.compat.flashinfer.page import (
 from mla_triton.compat.flashinfer.prefill import (
     BatchPrefillWithRaggedKVCacheWrapper,
     single_prefill_with_kv_cache,
+    single_prefill_with_kv_cache_return_lse,
 )
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "page",
     "prefill",
     "single_prefill_with_kv_cache",
+    "single_prefill_with_kv_cache_return_lse",
 ]

@@ -18,7 +18,11 @@ from mla_triton.compat.conventions import (
 )
 from mla_triton.validate import fail, number
 
-__all__ = ["BatchPrefillWithRaggedKVCacheWrapper", "single_prefill_with_kv_cache"]
+__all__ = [
+    "BatchPrefillWithRaggedKVCacheWrapper",
+    "single_prefill_with_kv_cache",
+    "single_prefill_with_kv_cache_return_lse",
+]
 
 LAYOUTS = ("NHD", "HND")
 
@@ -80,6 +84,14 @@ def single_prefill_with_kv_cache(
         causal=bool(causal),
     )
     return (state.out, to_base_2(state.lse)) if return_lse else state.out
+
+
+def single_prefill_with_kv_cache_return_lse(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`single_prefill_with_kv_cache` with `return_lse`."""
+    out, lse = single_prefill_with_kv_cache(q, k, v, **(options | {"return_lse": True}))
+    return out, lse
 
 
 class BatchPrefillWithRaggedKVCacheWrapper:
