@@ -27,9 +27,9 @@ from mla_triton.testing import DecodeInputs, compare, decode_budget
 
 PROTOCOL = (
     "bfloat16, 512 + 64, page 64, pages of a request scattered at random, N(0,1) data; a CUDA "
-    "graph of calls, each on its own slice of a cache of 200 MB or more, replayed; median of event-timed "
-    "replays over the calls; the schedule of every call inside; ratio: time of the ordinary call, "
-    "measured just before, to that of the batch-invariant one"
+    "graph of calls, each on its own slice of a cache of 200 MB or more, replayed; median of "
+    "event-timed replays over the calls; the schedule of every call inside; ratio: time of the "
+    "ordinary call, measured just before, to that of the batch-invariant one"
 )
 CELLS = (
     *(Cell(16384, 1, heads) for heads in (16, 64, 128)),
