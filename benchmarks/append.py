@@ -26,8 +26,8 @@ from mla_triton import LatentCache, reference, timing, validate_append, validate
 from mla_triton import device as devices
 from mla_triton.kernels.portable import append as portable
 from mla_triton.ops.plan import launcher
+from mla_triton.testing import same_bits
 from mla_triton.testing.caches import AppendInputs, append_excess, cache_memory
-from mla_triton.testing.gathers import same_bits
 
 PROTOCOL = (
     "N(0,1) bfloat16 tokens of 512 + 64 columns, pages of 64 at random; a CUDA graph of calls, "

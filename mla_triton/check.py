@@ -1,5 +1,6 @@
 """Decodes and prefills the shapes of real models, merges states of one, and holds each result
-against the float64 reference.
+against the float64 reference; and what the operations of the cache leave, to the bit
+(`mla_triton.check_cache`).
 
 On a GPU the requests are long, of very different lengths, and what is right is timed as well. In
 Triton's interpreter the same kernels run as Python: fewer heads and keys, no word about speed.
@@ -15,9 +16,10 @@ from typing import Any
 import torch
 
 import mla_triton
-from mla_triton import configs, select, validate, validate_merge, validate_prefill
+from mla_triton import configs, select
 from mla_triton import device as devices
 from mla_triton.cache import LatentCache
+from mla_triton.check_cache import CacheCase
 from mla_triton.device import Device
 from mla_triton.testing import (
     MODELS,
@@ -28,8 +30,11 @@ from mla_triton.testing import (
     compare,
     decode_inputs,
     merge_inputs,
+    plan_of,
     prefill_inputs,
+    problem_of,
 )
+from mla_triton.testing.decode_changes import copied
 
 LONG = (32768, 16384, *[2048] * 8, *[1024] * 12, *[512] * 8, 4097, 130, 65, 64, 63, 1, 0)
 """Keys of each request on a GPU: one holds a third of all, and one nothing."""
@@ -71,19 +76,22 @@ class Case:
         said += [options["stored"]] if "stored" in options else []
         return ", ".join(said) or "s_q 1"
 
-    def inputs(self, kv_lens: Sequence[int], device: torch.device) -> DecodeInputs:
+    def recipe(self, kv_lens: Sequence[int]) -> dict[str, Any]:
+        """Arguments of `decode_inputs`."""
         model = MODELS[self.model]
-        made = decode_inputs(
-            kv_lens=kv_lens,
-            heads=self.rank_heads,
-            latent=model.latent,
-            rope=model.rope,
-            value_dim=model.value_dim,
-            dtype=self.dtype,
-            device=device,
+        return {
+            "kv_lens": list(kv_lens),
+            "heads": self.rank_heads,
+            "latent": model.latent,
+            "rope": model.rope,
+            "value_dim": model.value_dim,
+            "dtype": self.dtype,
+            "softmax_scale": model.softmax_scale,
             **dict(self.options),
-        )
-        return replace(made, softmax_scale=model.softmax_scale)
+        }
+
+    def inputs(self, kv_lens: Sequence[int], device: torch.device) -> DecodeInputs:
+        return decode_inputs(**self.recipe(kv_lens), device=device)
 
 
 @dataclass(frozen=True)
@@ -107,20 +115,23 @@ class PrefillCase:
     def call(self) -> str:
         return "prefill" if self.causal else "prefill full"
 
-    def inputs(self, device: torch.device) -> PrefillInputs:
+    def recipe(self) -> dict[str, Any]:
+        """Arguments of `prefill_inputs`."""
         model = MODELS[self.model]
-        return prefill_inputs(
-            q_lens=self.q_lens,
-            k_lens=self.k_lens,
-            heads=self.heads,
-            qk=model.nope + model.rope,
-            v_dim=model.v,
-            rope=model.rope,
-            split_k=True,
-            dtype=self.dtype,
-            causal=self.causal,
-            device=device,
-        )
+        return {
+            "q_lens": list(self.q_lens),
+            "k_lens": list(self.k_lens),
+            "heads": self.heads,
+            "qk": model.nope + model.rope,
+            "v_dim": model.v,
+            "rope": model.rope,
+            "split_k": True,
+            "dtype": self.dtype,
+            "causal": self.causal,
+        }
+
+    def inputs(self, device: torch.device) -> PrefillInputs:
+        return prefill_inputs(**self.recipe(), device=device)
 
 
 @dataclass(frozen=True)
@@ -141,15 +152,18 @@ class MergeCase:
     def call(self) -> str:
         return f"{self.states} states"
 
+    def recipe(self) -> dict[str, Any]:
+        """Arguments of `merge_inputs`."""
+        return {
+            "states": self.states,
+            "tokens": (self.tokens,),
+            "heads": self.heads,
+            "value_dim": self.value_dim,
+            "dtype": self.dtype,
+        }
+
     def inputs(self, device: torch.device) -> MergeInputs:
-        return merge_inputs(
-            states=self.states,
-            tokens=(self.tokens,),
-            heads=self.heads,
-            value_dim=self.value_dim,
-            dtype=self.dtype,
-            device=device,
-        )
+        return merge_inputs(**self.recipe(), device=device)
 
 
 @dataclass(frozen=True)
@@ -256,7 +270,7 @@ def _interpreter_cases() -> list[Case]:
 
 
 def run(
-    todo: Iterable[Case | PrefillCase | MergeCase],
+    todo: Iterable[Case | PrefillCase | MergeCase | CacheCase],
     kv_lens: Sequence[int],
     device: torch.device,
     bandwidth: float | None,
@@ -270,7 +284,9 @@ def run(
             case.shape, str(case.dtype).removeprefix("torch."), case.call, "-", "-", False, ""
         )
         try:
-            if isinstance(case, MergeCase):
+            if isinstance(case, CacheCase):
+                yield _judged_cache(case, row, device)
+            elif isinstance(case, MergeCase):
                 yield _judged_merge(case, row, device, bandwidth)
             elif isinstance(case, PrefillCase):
                 yield _judged_prefill(case, row, device, bandwidth is not None)
@@ -298,20 +314,7 @@ def _judged(
 def _judged_prefill(case: PrefillCase, row: Row, device: torch.device, is_timed: bool) -> Row:
     inputs = case.inputs(device)
     (q, k, v), options = inputs.call_arguments()
-    problem = validate_prefill.prefill(
-        q,
-        inputs.q_rope,
-        k,
-        inputs.k_rope,
-        v,
-        inputs.cu_seqlens_q,
-        inputs.cu_seqlens_k,
-        *inputs.output_buffers().values(),
-        softmax_scale=inputs.softmax_scale,
-        causal=inputs.causal,
-        max_seqlen_q=None,
-    )
-    implementation, config = _chosen(select.prefill, problem, devices.of(device))
+    implementation, config = _chosen(select.prefill, problem_of(inputs), devices.of(device))
     row = replace(row, implementation=implementation, config=config)
     state = mla_triton.prefill(q, k, v, **options)
     row = _with_report(row, compare(state, inputs))
@@ -334,9 +337,7 @@ def _judged_prefill(case: PrefillCase, row: Row, device: torch.device, is_timed:
 def _judged_merge(case: MergeCase, row: Row, device: torch.device, bandwidth: float | None) -> Row:
     inputs = case.inputs(device)
     (states,), _ = inputs.call_arguments()
-    outs, lses = validate_merge.unpack(states)
-    problem = validate_merge.merge(outs, lses, None, *inputs.output_buffers().values()).problem
-    implementation, config = _chosen(select.merge, problem, devices.of(device))
+    implementation, config = _chosen(select.merge, problem_of(inputs), devices.of(device))
     row = replace(row, implementation=implementation, config=config)
     state = mla_triton.merge(states)
     row = _with_report(row, compare(state, inputs))
@@ -356,6 +357,13 @@ def _judged_merge(case: MergeCase, row: Row, device: torch.device, bandwidth: fl
 
     us = timing.microseconds([call_on(copy) for copy in copies])
     return _with_time(row, us, moved, bandwidth)
+
+
+def _judged_cache(case: CacheCase, row: Row, device: torch.device) -> Row:
+    call = case.prepared(device)
+    implementation, config = _chosen(call.choose, call.problem, devices.of(device))
+    fault = call.fault()
+    return replace(row, implementation=implementation, config=config, ok=not fault, message=fault)
 
 
 def _with_report(row: Row, report: Report) -> Row:
@@ -379,23 +387,7 @@ def _number(value: float) -> float | None:
 
 def _what_runs(inputs: DecodeInputs) -> tuple[str, str]:
     """Implementation and config that a call with these inputs gets."""
-    buffers = inputs.output_buffers()
-    problem = validate.decode(
-        inputs.q_nope,
-        inputs.q_rope,
-        *validate.unpack_cache(inputs.cache),
-        *validate.unpack_page_table(inputs.page_table),
-        inputs.kv_lens,
-        inputs.cu_seqlens_q,
-        buffers["out"],
-        buffers["lse"],
-        softmax_scale=inputs.softmax_scale,
-        causal=inputs.causal,
-        value_dim=inputs.value_dim,
-        max_kv_len=inputs.max_kv_len,
-        allow_tf32=False,
-    )
-    return _chosen(select.decode, problem, devices.of(inputs.q_nope.device))
+    return _chosen(select.decode, problem_of(inputs), devices.of(inputs.q_nope.device))
 
 
 def _chosen(
@@ -429,20 +421,9 @@ def _microseconds(inputs: DecodeInputs, implementation: str, moved: int) -> floa
 
     arguments, options = inputs.call_arguments()
     q_nope, q_rope, cache, *rest = arguments
-    plan = mla_triton.plan(
-        inputs.kv_lens,
-        heads=q_nope.shape[-2],
-        latent=q_nope.shape[-1],
-        rope=0 if q_rope is None else q_rope.shape[-1],
-        dtype=q_nope.dtype,
-        s_q=1 if inputs.cu_seqlens_q is not None else q_nope.shape[1],
-        cu_seqlens_q=inputs.cu_seqlens_q,
-        queries=q_nope.shape[0] if inputs.cu_seqlens_q is not None else None,
-        value_dim=inputs.value_dim,
-        impl=implementation,
-    )
+    plan = plan_of(inputs, implementation)
     options["impl"] = implementation
-    copies = [_copied(cache) for _ in range(timing.cold_copies(moved))]
+    copies = [copied(cache) for _ in range(timing.cold_copies(moved))]
 
     def call_on(copy: torch.Tensor | LatentCache) -> Any:
         return lambda: mla_triton.decode(q_nope, q_rope, copy, *rest, plan=plan, **options)
@@ -454,27 +435,6 @@ def _parts(cache: torch.Tensor | LatentCache) -> list[torch.Tensor]:
     """The tensors of a cache."""
     whole = LatentCache(cache) if isinstance(cache, torch.Tensor) else cache
     return [part for part in whole if part is not None]
-
-
-def _copied(cache: torch.Tensor | LatentCache) -> torch.Tensor | LatentCache:
-    """The same in memory of its own, its parts as they lie in a page."""
-    if isinstance(cache, torch.Tensor):
-        return cache.clone()
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def copy(part: torch.Tensor | None) -> torch.Tensor | None:
-        if part is None:
-            return None
-        whole = part.untyped_storage()
-        if whole.data_ptr() not in kept:
-            kept[whole.data_ptr()] = whole.clone()
-        empty = torch.empty(0, dtype=part.dtype, device=part.device)
-        place = (part.storage_offset(), part.shape, part.stride())
-        return empty.set_(kept[whole.data_ptr()], *place)
-
-    ckv, kpe, scales = map(copy, cache)
-    assert ckv is not None
-    return LatentCache(ckv, kpe, scales)
 
 
 def table(rows: Iterable[Row], timed: bool) -> Iterator[str]:

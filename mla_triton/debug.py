@@ -1,13 +1,13 @@
 """The debug switch: with `MLA_TRITON_DEBUG=1` in the environment, calls verify what is not read.
 
-That is what only the device knows (lengths, offsets, page ids, whether a plan is of these lengths),
-and whether results lie apart from what is read. Every call then waits for the device.
+That is what only the device knows (lengths, offsets, slots, page ids, whether a plan is of these
+lengths), and whether results lie apart from what is read. Every call then waits for the device.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -84,6 +84,48 @@ def check_prefill(
         q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q
     )
     _check_apart(out, lse, {"q": q, "q_rope": q_rope, "k": k, "k_rope": k_rope, "v": v})
+
+
+def check_append(
+    cache: LatentCache,
+    latent: torch.Tensor,
+    rope: torch.Tensor | None,
+    slot_mapping: torch.Tensor,
+    cos_sin: torch.Tensor | None,
+    positions: torch.Tensor | None,
+) -> None:
+    """The same for an append, as `mla_triton.testing.check_append_inputs`."""
+    from mla_triton.testing.inputs import check_append_inputs
+
+    check_append_inputs(cache, latent, rope, slot_mapping, cos_sin=cos_sin, positions=positions)
+
+
+def check_gather(
+    cache: LatentCache,
+    pages: torch.Tensor,
+    indptr: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor,
+    starts: torch.Tensor | None,
+    rows: int,
+) -> None:
+    """The same for a gather, as `mla_triton.testing.check_gather_inputs`."""
+    from mla_triton.testing.inputs import check_gather_inputs
+
+    table = pages if indptr is None else CSRPageTable(indptr, pages)
+    check_gather_inputs(cache, table, cu_seqlens_k, rows=rows, starts=starts)
+
+
+def check_copy(
+    read: Sequence[torch.Tensor],
+    written: Sequence[torch.Tensor],
+    source_pages: torch.Tensor,
+    target_pages: torch.Tensor,
+) -> None:
+    """The same for a copy of pages, as `mla_triton.testing.check_copy_inputs`."""
+    from mla_triton.testing.inputs import check_copy_inputs
+
+    in_place = memory.share(memory.of(read[0]), memory.of(written[0]))
+    check_copy_inputs(source_pages, target_pages, (len(read[0]), len(written[0])), in_place)
 
 
 def _check_apart(

@@ -1,8 +1,8 @@
-"""What would run a decode, a prefill or a merge on a card, how, and why nothing else runs it."""
+"""What would run an operation on a card, how, and why nothing else runs it."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from mla_triton import configs, select
 from mla_triton.device import Device
 from mla_triton.plan import Geometry, schedule
 from mla_triton.problem import DecodeProblem, MergeProblem, PrefillProblem, Storage
+from mla_triton.problem_cache import AppendProblem, CopyProblem, GatherProblem
+
+CacheProblem = AppendProblem | CopyProblem | GatherProblem
 
 
 def device_facts(device: Device) -> dict[str, Any]:
@@ -55,8 +58,19 @@ def merge(problem: MergeProblem, device: Device, impl: str | None = None) -> dic
     return _configured(problem, device, select.merge(problem, device, impl), impl)
 
 
+def of_cache(problem: CacheProblem, device: Device, impl: str | None = None) -> dict[str, Any]:
+    """The same of an append, a gather or a copy of pages."""
+    if isinstance(problem, AppendProblem):
+        selection = select.append(problem, device, impl)
+    elif isinstance(problem, GatherProblem):
+        selection = select.gather(problem, device, impl)
+    else:
+        selection = select.copy_pages(problem, device, impl)
+    return _configured(problem, device, selection, impl)
+
+
 def _configured(
-    problem: PrefillProblem | MergeProblem,
+    problem: PrefillProblem | MergeProblem | CacheProblem,
     device: Device,
     selection: select.Selection,
     impl: str | None,
@@ -90,13 +104,16 @@ def _config_facts(choice: configs.Choice) -> dict[str, Any]:
     }
 
 
-def _values(problem: DecodeProblem | PrefillProblem | MergeProblem) -> dict[str, Any]:
+def _values(problem: Any) -> dict[str, Any]:
     """The fields of a problem, dtypes by their names."""
     values = {field.name: getattr(problem, field.name) for field in fields(problem)}
-    return {
-        name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
-        for name, value in values.items()
-    }
+    return {name: _plain(value) for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return _values(value) if is_dataclass(value) else value
 
 
 def _problem_facts(problem: DecodeProblem, kv_len: int) -> dict[str, Any]:
@@ -192,6 +209,28 @@ def merge_lines(facts: dict[str, Any]) -> list[str]:
         f"problem   merge of {problem['states']} states, {problem['rows']} rows of "
         f"{problem['value_dim']}, {problem['first_dtype']}"
     ]
+    return text + _what_runs(facts) + _others(facts)
+
+
+def cache_lines(facts: dict[str, Any]) -> list[str]:
+    """The facts of an append, a gather or a copy of pages for a reader."""
+    problem = facts["problem"]
+    if "words" in problem:
+        page = sum(problem["words"]) * problem["word_bytes"]
+        text = [f"problem   copy of {problem['pages']} pages of {page} bytes"]
+    else:
+        stored = problem["stored"]
+        count = f"append of {problem['tokens']}" if "tokens" in problem else "gather of "
+        count += "" if "tokens" in problem else str(problem["rows"])
+        scales = "" if stored["scaling"] == "none" else ", scales: one for all"
+        if stored["group"]:
+            scales = f", scales: {stored['scale_dtype']} for every {stored['group']} columns"
+        text = [
+            f"problem   {count} tokens, latent {stored['latent']} + rope {stored['rope']}, "
+            f"{problem['dtype']}",
+            f"cache     latents {stored['latent_dtype']}, rotary keys {stored['rope_dtype']}, "
+            f"page {stored['page_size']}{scales}",
+        ]
     return text + _what_runs(facts) + _others(facts)
 
 

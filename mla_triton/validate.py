@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from mla_triton.cache import CSRPageTable, LatentCache
+from mla_triton.cache.formats import E4M3
 from mla_triton.plan import fixed_pieces
 from mla_triton.problem import DecodeProblem, RowSteps, Storage
 
@@ -74,18 +75,16 @@ def number(argument: str, value: Any) -> float:
     return value
 
 
-def unpack_cache(cache: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """(latents, or latents and rotary keys in one; rotary keys of their own or None; scales or
-    None)."""
+def unpack_cache(cache: Any, name: str = "cache") -> LatentCache:
+    """The cache as a LatentCache: (latents, or latents and rotary keys in one; rotary keys of their
+    own or None; scales or None)."""
     if isinstance(cache, torch.Tensor):
-        return cache, None, None
+        return LatentCache(cache)
     if not isinstance(cache, LatentCache):
-        fail(TypeError, "cache", "be a torch.Tensor or a LatentCache", type(cache).__name__)
-    check_tensor("cache.ckv", cache.ckv)
-    if cache.kpe is not None:
-        check_tensor("cache.kpe", cache.kpe)
-    if cache.scales is not None:
-        check_tensor("cache.scales", cache.scales)
+        fail(TypeError, name, "be a torch.Tensor or a LatentCache", type(cache).__name__)
+    for part, tensor in zip(LatentCache._fields, cache, strict=True):
+        if tensor is not None or part == "ckv":
+            check_tensor(f"{name}.{part}", tensor)
     return cache
 
 
@@ -264,7 +263,7 @@ def decode_problem(call: DecodeCall) -> DecodeProblem:
     _check_dtypes_and_devices(values, integers, {"lse": lse, "cache.scales": scales}, cache_name)
     heads, latent, rope, value = _check_queries(q_nope, q_rope, cu_seqlens_q, call.value_dim)
     _check_cache(cache_name, ckv, kpe, scales, latent, rope, value)
-    storage = None if scales is None else _check_scales(q_nope, ckv, kpe, scales, value)
+    storage = None if scales is None else _storage(q_nope, ckv, kpe, scales, value)
 
     batch = check_lengths(kv_lens, cu_seqlens_q)
     lead = q_nope.shape[:-2]
@@ -335,12 +334,17 @@ def _check_dtypes_and_devices(
     assert q_nope is not None
     if q_nope.dtype not in DTYPES:
         fail(TypeError, "q_nope", "be float16, bfloat16 or float32", q_nope.dtype)
-    is_quantised = others["cache.scales"] is not None
+    ckv, scales = values[cache_name], others["cache.scales"]
+    assert ckv is not None
+    is_quantised = scales is not None or ckv.dtype == E4M3
+    if is_quantised:
+        check_stored_dtypes(cache_name, ckv, values["cache.kpe"], scales)
+        if q_nope.dtype == torch.float32:
+            rule = "be float16 or bfloat16 where the cache is quantised"
+            fail(TypeError, "q_nope", rule, q_nope.dtype)
     for name, tensor in values.items():
-        if tensor is None or (is_quantised and name in (cache_name, "cache.kpe")):
+        if tensor is None or (is_quantised and tensor.dtype == E4M3 and name.startswith("cache")):
             continue
-        if name == cache_name and tensor.dtype == torch.float8_e4m3fn:
-            fail(TypeError, name, "be in a LatentCache with scales", tensor.dtype)
         if tensor.dtype != q_nope.dtype:
             fail(TypeError, name, f"have q_nope's dtype {q_nope.dtype}", tensor.dtype)
     for name, tensor in integers.items():
@@ -429,45 +433,59 @@ def _check_cache(
             fail(ValueError, "cache.kpe", rule, shape(kpe))
 
 
-def _check_scales(
-    q_nope: Layout, ckv: Layout, kpe: Layout | None, scales: Layout, value: int
-) -> Storage:
-    """How a cache is quantised."""
-    if ckv.dtype != torch.float8_e4m3fn:
-        fail(TypeError, "cache.ckv", "be float8_e4m3fn where there are scales", ckv.dtype)
-    if q_nope.dtype == torch.float32:
-        rule = "be float16 or bfloat16 where the cache is quantised"
-        fail(TypeError, "q_nope", rule, q_nope.dtype)
-    rope = None if kpe is None else kpe.dtype
+def check_stored_dtypes(name: str, ckv: Layout, kpe: Layout | None, scales: Layout | None) -> None:
+    """Raises where dtypes are not those of a cache, of whatever operation."""
+    if ckv.dtype not in (*DTYPES, E4M3):
+        fail(TypeError, name, "be float16, bfloat16, float32 or float8_e4m3fn", ckv.dtype)
+    if (scales is not None) != (ckv.dtype == E4M3):
+        rule = "be given if, and only if, cache.ckv is float8_e4m3fn"
+        got = f"{'no' if scales is None else 'a'} tensor beside {ckv.dtype}"
+        fail(ValueError, "cache.scales", rule, got)
+    if scales is not None and scales.dtype not in (torch.float32, torch.uint8):
+        fail(TypeError, "cache.scales", "be float32, or uint8 (e8m0) for groups", scales.dtype)
+    if kpe is None:
+        return
+    if scales is None:
+        if kpe.dtype != ckv.dtype:
+            fail(TypeError, "cache.kpe", f"have cache.ckv's dtype {ckv.dtype}", kpe.dtype)
+    elif len(scales.shape) == 1:
+        if kpe.dtype != E4M3:
+            rule = "be float8_e4m3fn, as cache.ckv, beside one scale for each"
+            fail(TypeError, "cache.kpe", rule, kpe.dtype)
+    elif kpe.dtype not in (torch.bfloat16, torch.float16):
+        rule = "be bfloat16 or float16 beside scales of groups"
+        fail(TypeError, "cache.kpe", rule, kpe.dtype)
+
+
+def scaled_group(scales: Layout, ckv: Layout) -> int:
+    """Columns of e4m3 `ckv` that share a scale, 0 where one is for all latents and one for all
+    rotary keys; raises where scales are not of such a cache."""
+    pages, page_size, columns = ckv.shape
     if len(scales.shape) == 1:
-        if scales.dtype != torch.float32:
-            rule = "be float32 where there is one for all tokens"
-            fail(TypeError, "cache.scales", rule, scales.dtype)
-        if tuple(scales.shape) != (2,) or not scales.last_is_contiguous:
-            rule = "be contiguous [2], of latents and rotary keys, or [pages, page_size, groups]"
-            fail(ValueError, "cache.scales", rule, scales)
-        if rope not in (None, torch.float8_e4m3fn):
-            rule = "be float8_e4m3fn where one scale is for all tokens"
-            fail(TypeError, "cache.kpe", rule, rope)
-        return Storage(rope, 0, torch.float32, 0)
-    if scales.dtype not in (torch.float32, torch.uint8):
-        rule = "be float32 or uint8 (e8m0) where each token has its own"
-        fail(TypeError, "cache.scales", rule, scales.dtype)
-    *slots, width = ckv.shape
-    groups = scales.shape[-1] if len(scales.shape) == 3 else 0
-    if tuple(scales.shape[:-1]) != tuple(slots) or groups < 1 or width % groups:
-        places = f"[{slots[0]}, {slots[1]}, groups]"
-        rule = f"be {places} to go with cache.ckv, with groups that divide {width}"
-        fail(ValueError, "cache.scales", rule, shape(scales))
+        if tuple(scales.shape) != (2,) or scales.dtype != torch.float32:
+            rule = "be float32 [2], one for latents and one for rotary keys, or of groups"
+            fail(ValueError, "cache.scales", rule, f"{scales.dtype} of {shape(scales)}")
+    else:
+        is_of_slots = len(scales.shape) == 3 and tuple(scales.shape[:2]) == (pages, page_size)
+        if not is_of_slots or scales.shape[2] < 1 or columns % scales.shape[2]:
+            rule = f"be [2], or [{pages}, {page_size}, groups] with a divisor of {columns} groups"
+            fail(ValueError, "cache.scales", rule, shape(scales))
     if not scales.last_is_contiguous:
         fail(ValueError, "cache.scales", LAST_DIMENSION, f"strides {tuple(scales.strides)}")
-    if kpe is None and value != width:
+    return columns // scales.shape[2] if len(scales.shape) == 3 else 0
+
+
+def _storage(
+    q_nope: Layout, ckv: Layout, kpe: Layout | None, scales: Layout, value: int
+) -> Storage:
+    """How a quantised cache holds the keys that are decoded."""
+    group, rope = scaled_group(scales, ckv), None if kpe is None else kpe.dtype
+    if not group:
+        return Storage(rope, 0, torch.float32, 0)
+    if kpe is None and value != ckv.shape[-1]:
         rule = "have rotary keys of their own, cache.kpe, where each token has scales"
         fail(ValueError, "cache", rule, "None")
-    if rope not in (None, q_nope.dtype):
-        rule = f"be {q_nope.dtype} like q_nope where each token has scales"
-        fail(TypeError, "cache.kpe", rule, rope)
-    return Storage(rope, width // groups, scales.dtype, scales.strides[1])
+    return Storage(rope, group, scales.dtype, scales.strides[1])
 
 
 def check_lengths(kv_lens: Layout, cu_seqlens_q: Layout | None) -> int:

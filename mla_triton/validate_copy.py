@@ -11,7 +11,16 @@ from typing import Any, NamedTuple
 import torch
 
 from mla_triton.problem_cache import CopyProblem
-from mla_triton.validate import Facts, Layout, check_no_grad, facts, fail, is_list, shape
+from mla_triton.validate import (
+    Facts,
+    Layout,
+    check_no_grad,
+    facts,
+    fail,
+    is_list,
+    shape,
+    unpack_cache,
+)
 from mla_triton.validate_stored import (
     ALIGNMENT,
     INTEGERS,
@@ -19,7 +28,6 @@ from mla_triton.validate_stored import (
     are_aligned,
     check_apart,
     size_of,
-    unpack_cache,
 )
 
 

@@ -15,17 +15,16 @@ import torch
 
 from mla_triton import memory
 from mla_triton.cache import LatentCache
-from mla_triton.cache.formats import E4M3
 from mla_triton.problem_cache import Stored
 from mla_triton.validate import (
-    DTYPES,
     INT32_MAX,
     LAST_DIMENSION,
     Facts,
     Layout,
-    check_tensor,
+    check_stored_dtypes,
     facts,
     fail,
+    scaled_group,
     shape,
 )
 
@@ -64,18 +63,6 @@ class Known(NamedTuple):
 # -- the cache
 
 
-def unpack_cache(cache: Any, name: str = "cache") -> LatentCache:
-    """The cache as a LatentCache; TypeError for anything else."""
-    if isinstance(cache, torch.Tensor):
-        return LatentCache(cache)
-    if not isinstance(cache, LatentCache):
-        fail(TypeError, name, "be a torch.Tensor or a LatentCache", type(cache).__name__)
-    for part, tensor in zip(LatentCache._fields, cache, strict=True):
-        if tensor is not None or part == "ckv":
-            check_tensor(f"{name}.{part}", tensor)
-    return cache
-
-
 def facts_of(cache: LatentCache) -> StoredFacts:
     ckv, kpe, scales = cache
     return StoredFacts(
@@ -93,7 +80,7 @@ def find_stored(known: StoredFacts, latent: int, rope: int) -> Found:
     """How a cache's tokens lie; raises where it is none, or not one of such tokens."""
     ckv, kpe, scales = Layout(*known.ckv), layout_of(known.kpe), layout_of(known.scales)
     name = "cache" if kpe is None and scales is None else "cache.ckv"
-    _check_numbers(name, ckv, kpe, scales)
+    check_stored_dtypes(name, ckv, kpe, scales)
     if len(ckv.shape) != 3 or ckv.shape[0] < 1 or ckv.shape[1] < 1:
         rule = "be [pages, page_size, columns] with at least one page of one token"
         fail(ValueError, name, rule, shape(ckv))
@@ -107,7 +94,10 @@ def find_stored(known: StoredFacts, latent: int, rope: int) -> Found:
     if kpe is not None and tuple(kpe.shape) != (pages, page_size, rope):
         rule = f"be {(pages, page_size, rope)} to go with cache.ckv and rope"
         fail(ValueError, "cache.kpe", rule, shape(kpe))
-    scaling, group = _check_scales(scales, pages, page_size, columns)
+    scaling, group = "none", 0
+    if scales is not None:
+        group = scaled_group(scales, ckv)
+        scaling = "groups" if group else "one"
     tensors = {name: ckv}
     if kpe is not None:
         tensors["cache.kpe"] = kpe
@@ -134,48 +124,6 @@ def find_stored(known: StoredFacts, latent: int, rope: int) -> Found:
         scale_step=scales.strides[1] if scales is not None and group else 0,
     )
     return Found(stored, tensors)
-
-
-def _check_numbers(name: str, ckv: Layout, kpe: Layout | None, scales: Layout | None) -> None:
-    """Raises where dtypes are not those of a cache."""
-    if ckv.dtype not in (*DTYPES, E4M3):
-        fail(TypeError, name, "be float16, bfloat16, float32 or float8_e4m3fn", ckv.dtype)
-    if (scales is not None) != (ckv.dtype == E4M3):
-        rule = "be given if, and only if, cache.ckv is float8_e4m3fn"
-        got = f"{'no' if scales is None else 'a'} tensor beside {ckv.dtype}"
-        fail(ValueError, "cache.scales", rule, got)
-    if scales is not None and scales.dtype not in (torch.float32, torch.uint8):
-        fail(TypeError, "cache.scales", "be float32, or uint8 (e8m0) for groups", scales.dtype)
-    if kpe is None:
-        return
-    if scales is None:
-        if kpe.dtype != ckv.dtype:
-            fail(TypeError, "cache.kpe", f"have cache.ckv's dtype {ckv.dtype}", kpe.dtype)
-    elif len(scales.shape) == 1:
-        if kpe.dtype != E4M3:
-            rule = "be float8_e4m3fn, as cache.ckv, beside one scale for each"
-            fail(TypeError, "cache.kpe", rule, kpe.dtype)
-    elif kpe.dtype not in (torch.bfloat16, torch.float16):
-        rule = "be bfloat16 or float16 beside scales of groups"
-        fail(TypeError, "cache.kpe", rule, kpe.dtype)
-
-
-def _check_scales(
-    scales: Layout | None, pages: int, page_size: int, columns: int
-) -> tuple[str, int]:
-    """(how latents are scaled, columns of a group)."""
-    if scales is None:
-        return "none", 0
-    if len(scales.shape) == 1:
-        if tuple(scales.shape) != (2,) or scales.dtype != torch.float32:
-            rule = "be float32 [2], one for latents and one for rotary keys, or of groups"
-            fail(ValueError, "cache.scales", rule, f"{scales.dtype} of {shape(scales)}")
-        return "one", 0
-    is_of_slots = len(scales.shape) == 3 and tuple(scales.shape[:2]) == (pages, page_size)
-    if not is_of_slots or scales.shape[2] < 1 or columns % scales.shape[2]:
-        rule = f"be [2], or [{pages}, {page_size}, groups] with a divisor of {columns} groups"
-        fail(ValueError, "cache.scales", rule, shape(scales))
-    return "groups", columns // scales.shape[2]
 
 
 def parts(

@@ -95,6 +95,16 @@ def copy(**changes: Any) -> Call:
     return call
 
 
+def copied_within(sources: torch.Tensor, targets: torch.Tensor) -> Call:
+    """A copy of pages of one cache."""
+
+    def call() -> Any:
+        cache = zeros(PAGES, 4, 8)
+        return mla_triton.copy_pages(cache, cache, sources, targets)
+
+    return call
+
+
 def meta(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
@@ -506,3 +516,36 @@ def shared_copies() -> list[Rejection]:
 
 
 CACHE = [*APPEND, *GATHER, *COPY, *shared_copies()]
+
+# fmt: off
+DEBUG = [
+    Rejection("append: a slot behind the cache", append(slot_mapping=ints(0, 1, 12, 3, 4)),
+        ValueError, "slot_mapping must hold slots from 0 to 11, or -1, got 12 for token 2"),
+    Rejection("append: a slot below -1", append(slot_mapping=ints(0, 1, -2, 3, 4)), ValueError,
+        "slot_mapping must hold slots from 0 to 11, or -1, got -2 for token 2"),
+    Rejection("append: a slot twice", append(slot_mapping=ints(-1, 7, -1, 3, 7)), ValueError,
+        "slot_mapping must name a slot once, got 7 for tokens 1 and 4"),
+    Rejection("append: a position without angles", turned(positions=ints(0, 1, 2, 9, 4)),
+        ValueError, "positions must be rows of cos_sin, 0 to 8, got 9 for token 3"),
+    Rejection("gather: offsets that decrease", gather(cu_seqlens_k=ints(0, 5, 2)), ValueError,
+        "cu_seqlens_k must not decrease, got 5 then 2 at index 2"),
+    Rejection("gather: offsets that end behind the rows", gather(cu_seqlens_k=ints(0, 2, 6)),
+        ValueError, "cu_seqlens_k must end within the 5 rows, got 6"),
+    Rejection("gather: a negative start", gather(starts=ints(0, -1)), ValueError,
+        "starts must be at least 0, got -1 for request 1"),
+    Rejection("gather: keys behind the pages", gather(starts=ints(0, 10)), ValueError,
+        "cu_seqlens_k must stay within the 12 tokens of a request's 3 pages, got key 12 for "
+        "request 1"),
+    Rejection("gather: a page that is not there",
+        gather(page_table=lambda t: t.index_fill(1, torch.tensor([1]), 3), starts=ints(0, 2)),
+        ValueError, "page_table must hold pages from 0 to 2, got 3 as page 1 of request 1"),
+    Rejection("copy_pages: a source that is not there", copy(source_pages=ints(0, 3)), ValueError,
+        "source_pages must hold pages from 0 to 2, or -1, got 3 as number 1"),
+    Rejection("copy_pages: a target that is not there", copy(target_pages=ints(-2, 1)), ValueError,
+        "target_pages must hold pages from 0 to 2, or -1, got -2 as number 0"),
+    Rejection("copy_pages: a target twice", copy(target_pages=ints(1, 1)), ValueError,
+        "target_pages must name a page once, got 1 twice"),
+    Rejection("copy_pages: a source that is written", copied_within(ints(0, 1), ints(1, 2)),
+        ValueError, "source_pages must be written by no other pair, got page 1"),
+]
+# fmt: on

@@ -45,32 +45,40 @@ QUANTISED = [
     Rejection("scales are no tensor", quantised("fp8", scales=lambda s: 1.0), TypeError,
         "cache.scales must be a torch.Tensor, got float"),
     Rejection("e4m3 without scales", quantised("fp8", layout="fused", scales=lambda s: None),
-        TypeError, "cache must be in a LatentCache with scales, got torch.float8_e4m3fn"),
+        ValueError, "cache.scales must be given if, and only if, cache.ckv is float8_e4m3fn, "
+        "got no tensor beside torch.float8_e4m3fn"),
     Rejection("a pair of e4m3 without scales", quantised("fp8", scales=lambda s: None),
-        TypeError, "cache.ckv must be in a LatentCache with scales, got torch.float8_e4m3fn"),
+        ValueError, "cache.scales must be given if, and only if, cache.ckv is float8_e4m3fn, "
+        "got no tensor beside torch.float8_e4m3fn"),
+    Rejection("scales beside 16-bit latents", quantised("fp8", ckv=lambda c: c.bfloat16()),
+        ValueError, "cache.scales must be given if, and only if, cache.ckv is float8_e4m3fn, "
+        "got a tensor beside torch.bfloat16"),
     Rejection("bytes that are not said to be e4m3",
         quantised("fp8", ckv=lambda c: c.view(torch.uint8)), TypeError,
-        "cache.ckv must be float8_e4m3fn where there are scales, got torch.uint8"),
+        "cache.ckv must be float16, bfloat16, float32 or float8_e4m3fn, got torch.uint8"),
     Rejection("float32 queries of a quantised cache", quantised("fp8", q_nope=lambda q: q.float()),
         TypeError,
         "q_nope must be float16 or bfloat16 where the cache is quantised, got torch.float32"),
     Rejection("scales in float64", quantised("fp8", scales=double), TypeError,
-        "cache.scales must be float32 where there is one for all tokens, got torch.float64"),
+        "cache.scales must be float32, or uint8 (e8m0) for groups, got torch.float64"),
     Rejection("three scales", quantised("fp8", scales=lambda s: torch.ones(3)), ValueError,
-        "cache.scales must be contiguous [2], of latents and rotary keys, or [pages, page_size, "
-        "groups], got shape (3,) and strides (1,)"),
+        "cache.scales must be float32 [2], one for latents and one for rotary keys, or of groups, "
+        "got torch.float32 of shape (3,)"),
+    Rejection("two scales apart", quantised("fp8", scales=lambda s: s.repeat_interleave(2)[::2]),
+        ValueError,
+        "cache.scales must have a contiguous last dimension (stride 1), got strides (2,)"),
     Rejection("16-bit rotary keys with one scale", quantised("fp8", kpe=lambda k: k.bfloat16()),
         TypeError,
-        "cache.kpe must be float8_e4m3fn where one scale is for all tokens, got torch.bfloat16"),
+        "cache.kpe must be float8_e4m3fn, as cache.ckv, beside one scale for each, "
+        "got torch.bfloat16"),
     Rejection("scales of tokens in float64", quantised("fp8_groups", scales=double), TypeError,
-        "cache.scales must be float32 or uint8 (e8m0) where each token has its own, got "
-        "torch.float64"),
+        "cache.scales must be float32, or uint8 (e8m0) for groups, got torch.float64"),
     Rejection("groups that do not divide a latent",
         quantised("fp8_groups", scales=lambda s: torch.cat([s, s, s], -1)), ValueError,
-        "cache.scales must be [9, 16, groups] to go with cache.ckv, with groups that divide 128, "
+        "cache.scales must be [2], or [9, 16, groups] with a divisor of 128 groups, "
         "got shape (9, 16, 3)"),
     Rejection("scales of fewer pages", quantised("fp8_groups", scales=lambda s: s[:4]), ValueError,
-        "cache.scales must be [9, 16, groups] to go with cache.ckv, with groups that divide 128, "
+        "cache.scales must be [2], or [9, 16, groups] with a divisor of 128 groups, "
         "got shape (4, 16, 1)"),
     Rejection("scales that are not side by side",
         quantised("fp8_groups", scales=lambda s: spread(torch.cat([s, s], -1))), ValueError,
@@ -81,6 +89,5 @@ QUANTISED = [
         "None"),
     Rejection("rotary keys of another dtype than the queries",
         quantised("fp8_groups", kpe=lambda k: k.half()), TypeError,
-        "cache.kpe must be torch.bfloat16 like q_nope where each token has scales, got "
-        "torch.float16"),
+        "cache.kpe must have q_nope's dtype torch.bfloat16, got torch.float16"),
 ]  # fmt: skip

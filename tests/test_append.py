@@ -27,6 +27,7 @@ from mla_triton.testing.caches import (
     append_excess,
     append_inputs,
 )
+from mla_triton.testing.strategies import append_problems
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NAN, INF = float("nan"), float("inf")
@@ -41,36 +42,11 @@ def append(inputs: AppendInputs, **options: Any) -> CacheMemory:
     return made.memory
 
 
-@st.composite
-def appends(draw: st.DrawFn, **fixed_ones: Any) -> AppendInputs:
-    form = draw(st.sampled_from(FORMS))
-    drawn: dict[str, Any] = {
-        "form": form,
-        "tokens": draw(st.integers(0, 40)),
-        "pages": draw(st.integers(1, 5)),
-        "page_size": draw(st.sampled_from([1, 2, 3, 7, 16])),
-        "dtype": draw(st.sampled_from(DTYPES)),
-        "slot_dtype": draw(st.sampled_from([torch.int32, torch.int64])),
-        "power_of_two": draw(st.booleans()),
-        "strided": 0 if form in PACKED else draw(st.sampled_from([0, 16, 3])),
-        "seed": draw(st.integers(0, 2**16)),
-        "scale": draw(st.sampled_from([1.0, 1e-3, 300.0])),
-    }
-    if form in ("fused", "pair"):
-        drawn["cache_dtype"] = draw(st.sampled_from([None, *DTYPES]))
-        drawn["rope"] = draw(st.sampled_from([64, 32, 1]))
-        drawn["latent"] = draw(st.sampled_from([512, 256, 96, 5]))
-    elif form not in PACKED:
-        drawn["latent"] = draw(st.sampled_from([512, 256, 128]))
-        drawn["rope"] = draw(st.sampled_from([64, 32]))
-    return append_inputs(**(drawn | fixed_ones))
-
-
 # -- to the byte
 
 
 @settings(max_examples=120)
-@given(appends())
+@given(append_problems())
 def test_appends_are_the_reference_byte_for_byte(inputs):
     """Canaries before and behind the cache and in every other slot included."""
     assert append(inputs).differs(inputs.expected()) == 0
@@ -164,7 +140,7 @@ def test_of_tokens_with_one_slot_each_byte_is_one_of_theirs(form, device):
 
 
 @settings(max_examples=60)
-@given(appends(rope=64, latent=256), st.data())
+@given(append_problems(latents=[256], ropes=[64]), st.data())
 def test_fused_norm_and_rotation_are_within_their_budget(inputs, data):
     recipe = inputs.recipe | {
         "norm": data.draw(st.sampled_from([None, *DTYPES])),

@@ -9,10 +9,12 @@ import torch
 from commands import answer, refused, run
 
 import mla_triton
-from mla_triton import check, cli, timing
+from mla_triton import check, check_cache, cli, timing
 from mla_triton import device as devices
 from mla_triton.configs import cache_directory
 from mla_triton.testing import decode_inputs
+from mla_triton.testing.caches import FORMS
+from mla_triton.testing.decode_changes import copied
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -218,6 +220,7 @@ def few(monkeypatch: pytest.MonkeyPatch, count: int = 2) -> None:
     monkeypatch.setattr(check, "cases", lambda on_gpu: some)
     monkeypatch.setattr(check, "prefills", lambda on_gpu: [])
     monkeypatch.setattr(check, "merges", lambda on_gpu: [])
+    monkeypatch.setattr(check_cache, "caches", lambda on_gpu: [])
     monkeypatch.setattr(check, "LONG", check.SHORT)
 
 
@@ -316,7 +319,7 @@ def test_what_is_right_is_timed(monkeypatch, device):
 
 def test_a_packed_cache_is_copied_as_it_lies():
     cache = decode_inputs(kv_lens=[20], stored="fp8_ds_mla").cache
-    copy = check._copied(cache)
+    copy = copied(cache)
     assert len({part.untyped_storage().data_ptr() for part in copy}) == 1
     for part, other in zip(cache, copy, strict=True):
         assert other.untyped_storage().data_ptr() != part.untyped_storage().data_ptr()
@@ -417,6 +420,80 @@ def test_check_fails_where_a_merge_loses_a_state(monkeypatch, device):
     assert row.us is None
 
 
+@pytest.mark.parametrize("case", check_cache.caches(False), ids=lambda case: case.shape)
+def test_check_of_the_cache(case, device):
+    (row,) = check.run([case], check.SHORT, device, bandwidth=None)
+    assert row.ok, row.message
+    assert (row.implementation, row.us, row.error) == ("portable", None, None)
+    assert row.config != "-"
+
+
+@pytest.mark.parametrize("operation", ["append", "gather", "copy_pages"])
+def test_check_fails_where_the_cache_is_not_written(monkeypatch, device, operation):
+    def gather(*_: object, out: torch.Tensor, rope_out: torch.Tensor, **__: object):
+        return out, rope_out
+
+    does_nothing = gather if operation == "gather" else lambda *_, **__: None
+    monkeypatch.setattr(mla_triton, operation, does_nothing)
+    todo = [case for case in check_cache.caches(False) if case.operation == operation]
+    rows = list(check.run(todo, check.SHORT, device, bandwidth=None))
+    assert len(rows) == len(FORMS)
+    assert not any(row.ok for row in rows)
+    assert all("not the reference's" in row.message for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "count", "said"),
+    [
+        (["append", "--batch", "7", "--s-q", "2"], {"tokens": 14, "few": True}, "append of 14 tok"),
+        (["append", "--batch", "1025"], {"tokens": 1025, "few": False}, "append of 1025 tokens"),
+        (["gather", "--batch", "2", "--kv-len", "700"], {"rows": 1400}, "gather of 1400 tokens"),
+        (
+            ["copy_pages", "--batch", "3", "--kv-len", "65"],
+            {"pages": 6, "words": (656 * 64 // 4,)},
+            "copy of 6 pages of 41984 bytes",
+        ),
+    ],
+)
+def test_explain_an_operation_on_a_cache(capsys, options, count, said):
+    call = ["--capability", "8.9", "--cache-format", "fp8_ds_mla", "--cache-operation", *options]
+    facts = answer(capsys, "explain", *call)
+    problem = facts["problem"] | {"words": tuple(facts["problem"].get("words", ()))}
+    assert {name: problem[name] for name in count} == count
+    assert facts["implementation"] == "portable"
+    assert facts["config"]["source"] == "heuristic"
+    assert cli.main(["explain", *call]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"problem   {said}")
+    assert any(line.startswith("not       reference: ") for line in lines)
+    assert cli.main(["explain", *call, "--impl", "reference"]) == 0
+    assert "runs      reference" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("format_", "said"),
+    [
+        ("16bit", "latents bfloat16, rotary keys bfloat16, page 16"),
+        ("fp8", "latents float8_e4m3fn, rotary keys float8_e4m3fn, page 16, scales: one for all"),
+        ("fp8_ds_mla", "rotary keys bfloat16, page 16, scales: float32 for every 128 columns"),
+    ],
+)
+def test_explain_says_how_a_cache_holds_tokens(capsys, format_, said):
+    options = ["--cache-format", format_, "--page-size", "16", "--cache-operation", "gather"]
+    assert cli.main(["explain", *options]) == 0
+    assert capsys.readouterr().out.splitlines()[1].endswith(said)
+
+
+@pytest.mark.parametrize(
+    "options", [["--prefill"], ["--qk", "192"], ["--states", "2"], ["--ragged"]], ids=" ".join
+)
+def test_what_explain_refuses_of_a_cache(capsys, options):
+    with pytest.raises(SystemExit):
+        cli.main(["explain", "--cache-operation", "append", *options])
+    rule = f"{options[0][2:]} must be left out with --cache-operation, got "
+    assert rule in capsys.readouterr().err
+
+
 def test_explain_a_merge(capsys):
     facts = answer(capsys, "explain", "--capability", "8.9", "--states", "3", "--heads", "8")
     assert facts["implementation"] == "portable"
@@ -454,6 +531,6 @@ def test_check_turns_the_interpreter_on():
     facts = json.loads(done.stdout)
     assert facts["device"]["backend"] == "interpreter"
     assert facts["gpu_code_executed"] is False
-    others = [*check.prefills(False), *check.merges(False)]
+    others = [*check.prefills(False), *check.merges(False), *check_cache.caches(False)]
     assert len(facts["rows"]) == len(check.cases(False)) + len(others)
     assert {row["implementation"] for row in facts["rows"]} == {"portable"}

@@ -16,14 +16,15 @@ import mla_triton
 from mla_triton import AttentionState, memory, reference, validate_merge
 from mla_triton import device as devices
 from mla_triton.kernels.portable import merge as portable
-from mla_triton.problem import MOST_APART
 from mla_triton.testing import (
     MergeInputs,
     assert_within_budget,
     compare,
     merge_inputs,
+    same_bits,
     untouched_padding,
 )
+from mla_triton.testing.strategies import merge_problems
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INF = float("inf")
@@ -32,38 +33,6 @@ INF = float("inf")
 def merge(inputs: MergeInputs, **options: Any) -> AttentionState:
     (states,), own = inputs.call_arguments()
     return mla_triton.merge(states, **own, **options)
-
-
-def same_bits(one: AttentionState, other: AttentionState) -> bool:
-    """Whether two states are equal bit for bit, NaN for NaN."""
-    integers = {2: torch.int16, 4: torch.int32}
-    return all(
-        torch.equal(*(tensor.view(integers[tensor.element_size()]) for tensor in pair))
-        for pair in zip(one, other, strict=True)
-    )
-
-
-@st.composite
-def merges(draw: st.DrawFn, **fixed: Any) -> MergeInputs:
-    stacked = draw(st.booleans())
-    count = draw(st.integers(2, 17 if stacked else MOST_APART))
-    drawn = {
-        "states": count,
-        "tokens": draw(st.lists(st.integers(0, 4), min_size=0, max_size=2)),
-        "heads": draw(st.sampled_from([1, 2, 3, 5, 16, 20])),
-        "value_dim": draw(st.sampled_from([16, 1, 7, 24, 64, 96, 128, 192, 512])),
-        "dtype": draw(st.sampled_from(DTYPES)),
-        "first_dtype": draw(st.sampled_from([None, *DTYPES])),
-        "out_dtype": draw(st.sampled_from([None, *DTYPES])),
-        "stacked": stacked,
-        "masked": draw(st.booleans()),
-        "empty": draw(st.sampled_from([0.0, 0.3, 1.0])),
-        "spread": draw(st.sampled_from(["near", "far", "equal"])),
-        "level": draw(st.sampled_from([0.0, 900.0, -900.0])),
-        "strided": draw(st.sampled_from([0, 16, 3])),
-        "seed": draw(st.integers(0, 2**16)),
-    }
-    return merge_inputs(**(drawn | fixed))
 
 
 # -- the definition
@@ -93,13 +62,13 @@ def test_the_reference_is_the_formula():
 
 
 @settings(max_examples=80)
-@given(merges(out_dtype=None))
+@given(merge_problems(out_dtypes=[None]))
 def test_merges_are_within_their_budget(inputs):
     assert_within_budget(merge(inputs), inputs)
 
 
 @settings(max_examples=30)
-@given(merges())
+@given(merge_problems())
 def test_the_reference_runs_the_same_calls(inputs):
     got = merge(inputs, impl="reference")
     exact = reference.merge(inputs.given, mask=inputs.mask)
@@ -203,7 +172,7 @@ def test_a_nan_in_a_state_that_counts_is_of_its_element_alone(impl, device):
 
 
 @settings(max_examples=30)
-@given(merges(masked=True, out_dtype=None))
+@given(merge_problems(masked=[True], out_dtypes=[None]))
 def test_where_the_mask_is_false_the_first_state_stays_as_it_is(inputs):
     merged, first = merge(inputs), inputs.states[0]
     kept = ~inputs.mask
@@ -233,7 +202,7 @@ def test_a_mask_may_have_any_strides(device):
 
 
 @settings(max_examples=40)
-@given(merges(out_dtype=None, first_dtype=None), st.data())
+@given(merge_problems(out_dtypes=[None], first_dtypes=[None]), st.data())
 def test_in_place_is_as_apart(inputs, data):
     """In place of any state; padding between rows, and the other states, are left alone."""
     place = data.draw(st.integers(0, len(inputs.states) - 1))
@@ -259,7 +228,7 @@ def test_out_and_lse_may_be_in_place_of_different_states(device):
 
 
 @settings(max_examples=30)
-@given(merges())
+@given(merge_problems())
 def test_buffers_are_written_and_nothing_around_them(inputs):
     buffers = inputs.output_buffers()
     merged = merge(inputs, **buffers)
@@ -312,7 +281,7 @@ def test_a_state_may_be_merged_with_itself(device):
 
 
 @settings(max_examples=25)
-@given(merges())
+@given(merge_problems())
 def test_equal_bits_run_to_run(inputs):
     assert same_bits(merge(inputs), merge(inputs))
 

@@ -16,6 +16,7 @@ from mla_triton.kernels.portable import prefill_config
 from mla_triton.kernels.portable.prefill_config import Config
 from mla_triton.ops import prefill as operation
 from mla_triton.state import AttentionState
+from mla_triton.testing import problem_of
 from mla_triton.testing.prefill_problems import PrefillInputs, prefill_inputs, whole
 from mla_triton.testing.problems import int32, untouched_padding
 from mla_triton.testing.strategies import prefill_problems
@@ -362,15 +363,3 @@ def test_configs_that_are_refused(config, rule):
     problem = problem_of(prefill_inputs(**LENS))
     card = devices.from_label("8.9")
     assert prefill_config.is_valid(config, problem, card) == (False, rule)
-
-
-def problem_of(inputs: PrefillInputs):
-    """What a call with these inputs is to the package."""
-    from mla_triton import validate_prefill
-
-    buffers = inputs.output_buffers()
-    return validate_prefill.prefill(
-        inputs.q, inputs.q_rope, inputs.k, inputs.k_rope, inputs.v, inputs.cu_seqlens_q,
-        inputs.cu_seqlens_k, buffers["out"], buffers["lse"],
-        softmax_scale=inputs.softmax_scale, causal=inputs.causal, max_seqlen_q=None,
-    )  # fmt: skip

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cache_rejections
 import numpy
 import prefill_rejections
 import pytest
@@ -375,6 +376,24 @@ def test_debug_rejection(case, impl, debugging):
 
 
 @needs_kernels
+@named(cache_rejections.DEBUG)
+def test_debug_rejection_of_the_cache(case, debugging):
+    rejected(case)
+
+
+def test_debugging_lets_the_cache_be_used(debugging):
+    """With -1 where nothing is meant, several times; and a page copied to itself."""
+    ints = cache_rejections.ints
+    cache_rejections.append(slot_mapping=ints(-1, 11, 0, -1, 3))()
+    cache_rejections.turned(slot_mapping=ints(4, -1, 0, 2, 3), positions=ints(8, 99, 0, 8, 0))()
+    cache_rejections.gather(starts=ints(7, 9))()
+    cache_rejections.gather(
+        cu_seqlens_k=ints(0, 0, 4), page_table=ints(9, 9, 9, 9, 2, 0).view(2, 3), starts=ints(0, 5)
+    )()
+    cache_rejections.copy(source_pages=ints(-1, 0), target_pages=ints(2, 2))()
+    cache_rejections.copied_within(ints(1, 0), ints(1, 2))()
+
+
 @named(DEBUG_INTERPRETED)
 def test_debug_rejection_on_the_way_to_the_kernels(case, debugging):
     rejected(case)
@@ -408,7 +427,7 @@ def test_without_the_switch_values_are_left_alone(monkeypatch):
     monkeypatch.delenv("MLA_TRITON_DEBUG", raising=False)
     debug.switched_on.cache_clear()
     assert not debug.switched_on()
-    for case in DEBUG:
+    for case in (*DEBUG, *cache_rejections.DEBUG):
         case.call()
     debug.switched_on.cache_clear()
 
@@ -455,8 +474,20 @@ def test_an_ordinary_call_does_not_load_what_tests_need():
 
 # -- source, table and documentation agree
 
-EVERY = [*REJECTIONS, *QUANTISED, *MERGE, *CACHE, *prefill_rejections.REJECTIONS]
-FOUND_BY_DEBUGGING = [*DEBUG, *DEBUG_INTERPRETED, *prefill_rejections.DEBUG]
+EVERY = [
+    *REJECTIONS,
+    *QUANTISED,
+    *MERGE,
+    *CACHE,
+    *cache_rejections.DEBUG,
+    *prefill_rejections.REJECTIONS,
+]
+FOUND_BY_DEBUGGING = [
+    *DEBUG,
+    *DEBUG_INTERPRETED,
+    *prefill_rejections.DEBUG,
+    *cache_rejections.DEBUG,
+]
 SOURCES = (
     "validate.py",
     "validate_plan.py",

@@ -203,7 +203,9 @@ def test_another_deployment_is_compiled(ragged):
     wider = RAGGED | {"page_size": [48, 16], "queries": "joined", "s_q": 1}
     told = serve(ragged._replace(description=wider))
     assert told["compiled"]
-    assert all("page_size 16" in name for name in told["names"])
+    of_pages = [name for name in told["names"] if not name.startswith("copy_kernel(")]
+    assert of_pages
+    assert all("page_size 16" in name for name in of_pages)
     assert told["found"]
 
 

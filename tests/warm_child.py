@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import engine_caches
 import torch
 import triton
 
@@ -30,6 +31,9 @@ from mla_triton.ops.plan import cut, schedule_launcher
 from mla_triton.problem import DecodeProblem
 from mla_triton.tuning import warm
 from mla_triton.tuning.deployment import Deployment, describe
+
+TOKENS = (1, 7, 1024, 5000)
+"""That an append or a gather is of."""
 
 
 def made(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -171,6 +175,7 @@ def asked_for(deployment: Deployment, device: Device, seed: int, calls: int) -> 
     asked |= dict.fromkeys(merge_of(deployment, draw, device) for _ in range(calls // 4))
     if deployment.prefill_tokens:
         asked |= dict.fromkeys(prefill_of(deployment, draw, device) for _ in range(calls // 4))
+    asked |= dict.fromkeys(engine_caches.kernels_of(deployment, TOKENS, device))
     return list(asked)
 
 

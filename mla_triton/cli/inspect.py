@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import subprocess
 import sys
 from dataclasses import asdict, replace
 
 import torch
 
-import mla_triton
 from mla_triton import device as devices
 from mla_triton import explain as explanation
 from mla_triton import models
 from mla_triton.cache import named
 from mla_triton.cache.named import CACHE_FORMATS
+from mla_triton.cli import deep
 from mla_triton.cli.options import Commands, add_command, natural, positive, show
-from mla_triton.configs import cache_directory
 from mla_triton.device import Device
-from mla_triton.explain import device_facts, device_line
+from mla_triton.explain import CacheProblem, device_facts, device_line
 from mla_triton.models import Model
 from mla_triton.plan import fixed_pieces
 from mla_triton.problem import (
@@ -32,7 +29,10 @@ from mla_triton.problem import (
     RowSteps,
     usual_queries,
 )
-from mla_triton.tuning.deployment import DTYPES, MAX_HEADS
+from mla_triton.tuning import cache_calls
+from mla_triton.tuning.deployment import DTYPES, MAX_HEADS, describe
+
+CACHE_OPERATIONS = ("append", "gather", "copy_pages")
 
 
 def add_commands(commands: Commands) -> None:
@@ -41,9 +41,11 @@ def add_commands(commands: Commands) -> None:
         ("explain", explain, "what would run on a card, with which config, and why"),
         ("check", check, "compute the shapes of real models and compare with float64"),
     ):
-        command = add_command(commands, name, run, about)
+        command = add_command(commands, name, run, about, json_file=name == "check")
         if name == "explain":
             _add_shape(command)
+        if name == "check":
+            deep.add_options(command)
 
 
 def _add_shape(command: argparse.ArgumentParser) -> None:
@@ -72,40 +74,20 @@ def _add_shape(command: argparse.ArgumentParser) -> None:
         help="instead, a prefill of --batch sequences, --s-q queries and --kv-len keys each",
     )  # fmt: skip
     add("--qk", type=positive, metavar="N", help="columns of its queries and keys, --rope of them")
+    add(
+        "--cache-operation", choices=CACHE_OPERATIONS,
+        help="instead, an append of --batch x --s-q tokens, a gather of --batch x --kv-len, or a "
+        "copy of the pages that hold as many",
+    )  # fmt: skip
     add("--states", type=positive, metavar="N", help="a merge of N states that such a call leaves")
 
 
 def info(arguments: argparse.Namespace) -> int:
     """What is in this machine, as the package sees it."""
-    import triton
+    from mla_triton.report import environment
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    found = [device_facts(devices.of(torch.device("cuda", index))) for index in range(count)]
-    cpu = "the portable kernels, interpreted" if devices.interpreting() else "the reference"
-    versions = {
-        "mla_triton": mla_triton.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-    }
-    facts = {
-        "versions": versions,
-        "devices": found,
-        "interpreter": devices.interpreting(),
-        "cache_directory": str(cache_directory()),
-        "triton_cache_directory": str(triton.knobs.cache.dir),
-    }
-    lines = [f"{name:<12}{number}" for name, number in versions.items()]
-    for device in found:
-        lines.append(f"device      {device_line(device)}")
-        lines += [f"configs     {table}" for table in device["tables"] or ["no table: heuristic"]]
-    lines += [
-        *([] if found else ["device      no GPU"]),
-        f"interpreter {'on' if devices.interpreting() else 'off'}: CPU tensors run {cpu}",
-        f"cache       {facts['cache_directory']}",
-        f"            {facts['triton_cache_directory']} (Triton's own)",
-    ]
-    show(facts, arguments, lines)
+    facts = environment.facts()
+    show(facts, arguments, environment.lines(facts))
     return 0
 
 
@@ -113,6 +95,10 @@ def explain(arguments: argparse.Namespace) -> int:
     """What would run, on the card here or one that is described."""
     try:
         device = _card(arguments)
+        if arguments.cache_operation is not None:
+            facts = explanation.of_cache(_of_cache(arguments), device, arguments.impl)
+            show(facts, arguments, explanation.cache_lines(facts))
+            return 0
         problem = _prefill(arguments) if arguments.prefill else _decode(arguments)
         if arguments.states is not None:
             facts = explanation.merge(_merge(arguments.states, problem), device, arguments.impl)
@@ -218,6 +204,26 @@ def _decode(arguments: argparse.Namespace) -> DecodeProblem:
     return named.over(plain, arguments.cache_format)
 
 
+def _of_cache(arguments: argparse.Namespace) -> CacheProblem:
+    """The operation on a cache that the options describe; ValueError where they describe none."""
+    for name in ("qk", "prefill", "states", "ragged"):
+        value = getattr(arguments, name)
+        if value:
+            raise ValueError(f"{name} must be left out with --cache-operation, got {value}")
+    deployment = describe(
+        model=arguments.model, tp=arguments.tp, heads=arguments.heads, latent=arguments.latent,
+        rope=arguments.rope, value_dim=arguments.value_dim, dtype=arguments.dtype,
+        page_size=arguments.page_size, cache_format=arguments.cache_format,
+        table="csr" if arguments.csr else "dense",
+    )  # fmt: skip
+    if arguments.cache_operation == "append":
+        return next(cache_calls.appends(deployment, [arguments.batch * arguments.s_q]))
+    if arguments.cache_operation == "gather":
+        return next(cache_calls.gathers(deployment, [arguments.batch * arguments.kv_len]))
+    pages = arguments.batch * -(-arguments.kv_len // arguments.page_size)
+    return replace(next(cache_calls.copies(deployment)), pages=pages)
+
+
 def _merge(states: int, problem: DecodeProblem | PrefillProblem) -> MergeProblem:
     """The merge of so many states that a call left; ValueError for one alone."""
     if states < 2:
@@ -240,7 +246,10 @@ def check(arguments: argparse.Namespace) -> int:
     on_gpu = torch.cuda.is_available() and not devices.interpreting()
     if not on_gpu and not devices.interpreting():
         return _interpreted(arguments)
+    if arguments.deep:
+        return deep.check(arguments)
     from mla_triton import check as engine
+    from mla_triton.check_cache import CacheCase, caches
 
     device = torch.device("cuda" if on_gpu else "cpu")
     bandwidth = engine.read_bandwidth(device) if on_gpu else None
@@ -252,13 +261,14 @@ def check(arguments: argparse.Namespace) -> int:
         rows.append(row)
         return row
 
-    todo: list[engine.Case | engine.PrefillCase | engine.MergeCase] = [
+    todo: list[engine.Case | engine.PrefillCase | engine.MergeCase | CacheCase] = [
         *engine.cases(on_gpu),
         *engine.prefills(on_gpu),
         *engine.merges(on_gpu),
+        *caches(on_gpu),
     ]
     found = map(keep, engine.run(todo, kv_lens, device, bandwidth))
-    if arguments.json:
+    if arguments.json is not None:
         list(found)
         facts = {
             "device": here,
@@ -268,7 +278,7 @@ def check(arguments: argparse.Namespace) -> int:
             "rows": [asdict(row) for row in rows],
             "ok": all(row.ok for row in rows),
         }
-        print(json.dumps(facts, indent=2))
+        deep.write_json(facts, arguments.json)
     else:
         print("\n".join(engine.heading(device_line(here), kv_lens, bandwidth)))
         for line in engine.table(found, timed=on_gpu):
@@ -279,5 +289,5 @@ def check(arguments: argparse.Namespace) -> int:
 
 def _interpreted(arguments: argparse.Namespace) -> int:
     """The same command in a child whose Triton interprets: it decides that when it is imported."""
-    command = [sys.executable, "-m", "mla_triton", "check", *(["--json"] * arguments.json)]
+    command = [sys.executable, "-m", "mla_triton", "check", *deep.words(arguments)]
     return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode

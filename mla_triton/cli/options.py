@@ -22,11 +22,24 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_command(
-    commands: Commands, name: str, run: Callable[[argparse.Namespace], int], about: str
+    commands: Commands,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    about: str,
+    json_file: bool = False,
 ) -> argparse.ArgumentParser:
-    """A command that `run` carries out; what it returns is the exit code."""
+    """A command that `run` carries out; what it returns is the exit code.
+
+    With `json_file`, `--json` takes a file where there is one, and is "-" without.
+    """
     command: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about)
-    command.add_argument("--json", action="store_true", help="machine-readable output")
+    if json_file:
+        command.add_argument(
+            "--json", nargs="?", const="-", metavar="FILE",
+            help="machine-readable output, in a file where one is named",
+        )  # fmt: skip
+    else:
+        command.add_argument("--json", action="store_true", help="machine-readable output")
     command.set_defaults(run=run, parser=command)
     return command
 

@@ -16,7 +16,7 @@ from mla_triton.cli.options import (
     show,
 )
 from mla_triton.tuning import warm
-from mla_triton.tuning.deployment import LAYOUTS, QUERIES, TABLES
+from mla_triton.tuning.deployment import APPENDS, LAYOUTS, QUERIES, TABLES
 from mla_triton.tuning.progress import Progress
 from mla_triton.tuning.warm import Warmed
 
@@ -37,6 +37,10 @@ def add_commands(commands: Commands) -> None:
     add(
         "--batch-invariant", action="store_true",
         help="calls with batch_invariant=True, which launch other kernels",
+    )  # fmt: skip
+    add(
+        "--append", nargs="+", choices=APPENDS, default=APPENDS[:2],
+        help="tokens into the cache: as they are, or with a norm and a rotation of such pairs",
     )  # fmt: skip
     add("--capability", metavar="LABEL", help='another card than the one here: "8.9", "gfx942"')
     add("--gpu", metavar="NAME", help="its name, for which there are tuned rows: 'NVIDIA H200'")
@@ -71,6 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
             queries=arguments.queries,
             ragged=arguments.ragged,
             batch_invariant=arguments.batch_invariant,
+            append=arguments.append,
         )
     except (ValueError, NotImplementedError, OSError) as error:
         arguments.parser.error(str(error))

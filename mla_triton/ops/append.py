@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from mla_triton import debug, reference, select, validate, validate_append, validate_stored
 from mla_triton import device as devices
-from mla_triton import reference, select, validate, validate_append, validate_stored
 from mla_triton.cache import LatentCache
 from mla_triton.kernels.portable.append import AppendTensors
 from mla_triton.ops.library import LIBRARY
@@ -52,7 +52,7 @@ def append(
             value.
         NotImplementedError: no implementation, or not `impl`, can take the problem; says why.
     """
-    parts = validate_stored.unpack_cache(cache)
+    parts = validate.unpack_cache(cache)
     validate.check_impl(impl)
     validate.check_tensor("latent", latent)
     validate.check_tensor("slot_mapping", slot_mapping)
@@ -98,6 +98,8 @@ def _append(
         cache, latent, rope, slot_mapping, norm_weight, cos_sin, positions, rope_style,
         power_of_two_scales,
     )  # fmt: skip
+    if debug.wanted(latent):
+        debug.check_append(cache, latent, rope, slot_mapping, cos_sin, positions)
     device = devices.of(latent.device)
     chosen = select.append(problem, device, impl)
     if problem.tokens == 0:

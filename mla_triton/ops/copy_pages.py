@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from mla_triton import debug, reference, select, validate, validate_copy
 from mla_triton import device as devices
-from mla_triton import reference, select, validate, validate_copy
 from mla_triton.cache import LatentCache
 from mla_triton.kernels.portable.copy_pages import CopyTensors
 from mla_triton.ops.library import LIBRARY
@@ -71,6 +71,8 @@ def _copy_pages(
     impl: str | None,
 ) -> None:
     problem = validate_copy.copy_pages(names, read, written, source_pages, target_pages)
+    if debug.wanted(source_pages):
+        debug.check_copy(read, written, source_pages, target_pages)
     device = devices.of(source_pages.device)
     chosen = select.copy_pages(problem, device, impl)
     if problem.pages == 0:

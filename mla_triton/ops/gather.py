@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from mla_triton import debug, reference, select, validate, validate_gather, validate_stored
 from mla_triton import device as devices
-from mla_triton import reference, select, validate, validate_gather, validate_stored
 from mla_triton.cache import CSRPageTable, LatentCache
 from mla_triton.kernels.portable.gather import GatherTensors
 from mla_triton.ops.library import LIBRARY
@@ -53,7 +53,7 @@ def gather(
             value.
         NotImplementedError: no implementation, or not `impl`, can take the problem; says why.
     """
-    parts = validate_stored.unpack_cache(cache)
+    parts = validate.unpack_cache(cache)
     pages, indptr = validate.unpack_page_table(page_table)
     validate.check_tensor("cu_seqlens_k", cu_seqlens_k)
     validate.check_impl(impl)
@@ -110,6 +110,8 @@ def _gather(
 ) -> None:
     cache = LatentCache(ckv, kpe, scales)
     problem = validate_gather.gather(cache, pages, indptr, cu_seqlens_k, starts, out, rope_out)
+    if debug.wanted(out):
+        debug.check_gather(cache, pages, indptr, cu_seqlens_k, starts, problem.rows)
     device = devices.of(out.device)
     chosen = select.gather(problem, device, impl)
     if problem.rows == 0 or problem.batch == 0:

@@ -6,9 +6,7 @@
 from mla_triton.models import MODELS, Model
 from mla_triton.testing.budget import (
     Budget,
-    Report,
-    assert_within_budget,
-    compare,
+    budget_of,
     decode_budget,
     merge_budget,
     prefill_budget,
@@ -20,8 +18,25 @@ from mla_triton.testing.caches import (
     append_inputs,
     cache_memory,
 )
-from mla_triton.testing.gathers import GatherInputs, gather_inputs, same_bits
-from mla_triton.testing.inputs import check_inputs, check_prefill_inputs
+from mla_triton.testing.calls import assert_correct, plan_of, problem_of, run
+from mla_triton.testing.comparison import (
+    Deviation,
+    Report,
+    State,
+    assert_same_bits,
+    assert_within_budget,
+    compare,
+    deviations,
+    same_bits,
+)
+from mla_triton.testing.gathers import GatherInputs, gather_inputs
+from mla_triton.testing.inputs import (
+    check_append_inputs,
+    check_copy_inputs,
+    check_gather_inputs,
+    check_inputs,
+    check_prefill_inputs,
+)
 from mla_triton.testing.merges import MergeInputs, merge_inputs
 from mla_triton.testing.prefill_problems import PrefillInputs, prefill_inputs
 from mla_triton.testing.problems import (
@@ -37,26 +52,38 @@ __all__ = [
     "Budget",
     "CacheMemory",
     "DecodeInputs",
+    "Deviation",
     "GatherInputs",
     "MergeInputs",
     "Model",
     "PrefillInputs",
     "Report",
+    "State",
     "append_excess",
     "append_inputs",
+    "assert_correct",
+    "assert_same_bits",
     "assert_within_budget",
+    "budget_of",
     "cache_memory",
+    "check_append_inputs",
+    "check_copy_inputs",
+    "check_gather_inputs",
     "check_inputs",
     "check_prefill_inputs",
     "compare",
     "decode_budget",
     "decode_inputs",
+    "deviations",
     "gather_inputs",
     "merge_budget",
     "merge_inputs",
+    "plan_of",
     "prefill_budget",
     "prefill_inputs",
+    "problem_of",
     "query_blocks",
+    "run",
     "same_bits",
     "untouched_padding",
 ]

@@ -13,7 +13,7 @@ A row is one (query, head). Its budget is twice the sum of
 
 The error of `out` is judged twice, by its largest element and by its root mean square; there the
 three add up in quadrature, as independent errors do. A small error in every element shows in the
-second first. `docs/accuracy.md` has the derivation.
+second first. `mla_triton.testing.comparison` judges; `docs/accuracy.md` has the derivation.
 """
 
 from __future__ import annotations
@@ -67,21 +67,6 @@ class Budget:
     """`[..., heads]`"""
 
 
-@dataclass(frozen=True)
-class Report:
-    """What `compare` found. Errors and budgets are those of the row closest to, or furthest past,
-    its budget."""
-
-    ok: bool
-    message: str
-    out_error: float = float("nan")
-    out_budget: float = float("nan")
-    out_rms_error: float = float("nan")
-    out_rms_budget: float = float("nan")
-    lse_error: float = float("nan")
-    lse_budget: float = float("nan")
-
-
 def decode_budget(inputs: DecodeInputs, *, allow_tf32: bool = False) -> Budget:
     """The oracle and the error budget of a problem, both on the device of `inputs`."""
     arguments, options = inputs.call_arguments()
@@ -124,14 +109,14 @@ def budget_of(inputs: Inputs) -> Budget:
 
 def _budget(exact: AttentionState, same: AttentionState, order: AttentionState) -> Budget:
     """The budget from the oracle, the same-precision run, and what another order can change."""
-    error, truth = _difference(same.out, exact.out), _finite(exact.out)
+    error, truth = difference(same.out, exact.out), finite(exact.out)
     unit = torch.finfo(same.out.dtype).eps / 2
     # A rounding is at most one unit; spread evenly, its mean square is a third of that squared.
     largest = error.amax(-1) + unit * truth.abs().amax(-1) + order.out.amax(-1)
-    rounding = unit / 3**0.5 * _rms(truth)
-    rms = (_rms(error).square() + rounding.square() + _rms(order.out).square()).sqrt()
-    lse = _difference(same.lse, exact.lse) + FLOAT32 * _finite(exact.lse).abs() + order.lse
-    return Budget(exact, FACTOR * largest, FACTOR * rms, FACTOR * lse)
+    rounding = unit / 3**0.5 * rms(truth)
+    mean_square = rms(error).square() + rounding.square() + rms(order.out).square()
+    lse = difference(same.lse, exact.lse) + FLOAT32 * finite(exact.lse).abs() + order.lse
+    return Budget(exact, FACTOR * largest, FACTOR * mean_square.sqrt(), FACTOR * lse)
 
 
 def _reordering(
@@ -176,13 +161,13 @@ def _reordering_of_merge(inputs: MergeInputs, exact: AttentionState) -> Attentio
     """The same of a merge, in which a state is what a key is in a decode."""
     outs, lses = stacked(inputs.given, torch.float64)
     is_empty = lses == float("-inf")
-    values = _finite(outs.masked_fill(is_empty[..., None], 0.0))
+    values = finite(outs.masked_fill(is_empty[..., None], 0.0))
     largest = lses.amax(0).clamp_min(torch.finfo(torch.float64).min)
     weights = (lses - largest).exp()
-    weights = _finite(weights / weights.sum(0).masked_fill(is_empty.all(0), 1.0))
-    below = _finite(lses - largest).abs()
+    weights = finite(weights / weights.sum(0).masked_fill(is_empty.all(0), 1.0))
+    below = finite(lses - largest).abs()
     weight_error = FLOAT32 * (DIFFERENCE_ROUNDINGS * below + EXP2_ROUNDINGS)
-    out, additions = _finite(exact.out), len(lses)
+    out, additions = finite(exact.out), len(lses)
     moved = (weights * weight_error)[..., None] * (values - out)
     drift = out.square() + (weights[..., None] * values).square().sum(0)
     roundings = additions + DIVISION_ROUNDINGS
@@ -209,97 +194,14 @@ def _common_value(values: torch.Tensor) -> torch.Tensor:
     return torch.maximum(values.amin(0), -values.amax(0)).clamp_min(0)
 
 
-def compare(state: AttentionState, inputs: Inputs, budget: Budget | None = None) -> Report:
-    """Judges the result of a kernel against its budget, by default that of its inputs.
-
-    `state` is on the device of `inputs`. Where the oracle is infinite or NaN the result has to be
-    the same, and nowhere else; only then are numbers compared.
-    """
-    if budget is None:
-        budget = budget_of(inputs)
-    exact = budget.exact
-    expected = {
-        "out": (exact.out.shape, inputs.dtype),
-        "lse": (exact.lse.shape, torch.float32),
-    }
-    for name, (shape, dtype) in expected.items():
-        got = getattr(state, name)
-        if got.shape != shape or got.dtype != dtype:
-            kind = f"{dtype} {list(shape)}"
-            return Report(False, f"{name} is {got.dtype} {list(got.shape)}, expected {kind}")
-    for name in ("out", "lse"):
-        got, truth = getattr(state, name).double(), getattr(exact, name)
-        strange = ~(got.isfinite() & truth.isfinite())
-        wrong = strange & (got.nan_to_num(1.5) != truth.nan_to_num(1.5))
-        wrong |= got.isnan() != truth.isnan()
-        if wrong.any():
-            where = _first(wrong)
-            values = f"{got[where].item()}, expected {truth[where].item()}"
-            return Report(
-                False, f"{name}{list(where)} is {values} ({int(wrong.sum())} such elements)"
-            )
-    return _judge(state, budget)
-
-
-def assert_within_budget(
-    state: AttentionState, inputs: DecodeInputs | MergeInputs, budget: Budget | None = None
-) -> None:
-    """Raises AssertionError, naming the worst element, unless `compare` accepts the result."""
-    report = compare(state, inputs, budget)
-    if not report.ok:
-        raise AssertionError(f"{report.message}\n{inputs!r}")
-
-
-def _judge(state: AttentionState, budget: Budget) -> Report:
-    exact, messages = budget.exact, []
-    found: dict[str, float] = {}
-    error = _difference(state.out, exact.out)
-    lse_error = _difference(state.lse, exact.lse)
-    measures = {
-        "out": (error.amax(-1), budget.out),
-        "out_rms": (_rms(error), budget.out_rms),
-        "lse": (lse_error, budget.lse),
-    }
-    for name, (row_error, allowed) in measures.items():
-        if not row_error.numel():
-            found |= {f"{name}_error": 0.0, f"{name}_budget": 0.0}
-            continue
-        # Without a budget (an empty row, a value that no rounding changes) any error is too much.
-        share = torch.where(allowed > 0, row_error / allowed, row_error / 0.0).nan_to_num(0.0)
-        row = _index(int(share.argmax()), share.shape)
-        found |= {f"{name}_error": row_error[row].item(), f"{name}_budget": allowed[row].item()}
-        over = int((share > 1).sum())
-        if over:
-            where = row if name == "lse" else (*row, int(error[row].argmax()))
-            got, truth = (getattr(s, name[:3])[where].item() for s in (state, exact))
-            messages.append(
-                f"{name.replace('_', ' ')} error {row_error[row].item():.3g} is over its budget "
-                f"{allowed[row].item():.3g} at {name[:3]}{list(where)}: {got:.9g}, expected "
-                f"{truth:.9g} ({over} of {share.numel()} rows)"
-            )
-    return Report(not messages, "; ".join(messages) or "within budget", **found)
-
-
-def _difference(got: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+def difference(got: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """|got - truth| in float64, 0 where both are the same infinity or NaN."""
-    return (_finite(got.double()) - _finite(truth)).abs()
+    return (finite(got.double()) - finite(truth)).abs()
 
 
-def _finite(tensor: torch.Tensor) -> torch.Tensor:
+def finite(tensor: torch.Tensor) -> torch.Tensor:
     return torch.where(tensor.isfinite(), tensor, 0.0)
 
 
-def _rms(tensor: torch.Tensor) -> torch.Tensor:
+def rms(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.square().mean(-1).sqrt()
-
-
-def _first(mask: torch.Tensor) -> tuple[int, ...]:
-    return _index(int(mask.flatten().to(torch.uint8).argmax()), mask.shape)
-
-
-def _index(flat: int, shape: torch.Size) -> tuple[int, ...]:
-    index = []
-    for size in reversed(shape):
-        flat, here = divmod(flat, size)
-        index.append(here)
-    return tuple(reversed(index))

@@ -6,7 +6,8 @@ past a request's pages; results are NaN, in rows that no request has and between
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ NAN = float("nan")
 
 
 class GatherInputs(NamedTuple):
-    """The arguments of one call of `mla_triton.gather`."""
+    """The arguments of one call of `mla_triton.gather`, and where they came from."""
 
     cache: torch.Tensor | LatentCache
     table: torch.Tensor | CSRPageTable
@@ -29,6 +30,16 @@ class GatherInputs(NamedTuple):
     starts: torch.Tensor | None
     out: torch.Tensor
     rope_out: torch.Tensor | None
+    recipe: Mapping[str, Any] = MappingProxyType({})
+    """The arguments of `gather_inputs` that made this."""
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.recipe.items())
+        return f"gather_inputs({arguments})"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """How IPython and hypothesis print it, which would else spell out every tensor."""
+        printer.text(repr(self))
 
     def call(self, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Into copies of the buffers."""
@@ -81,6 +92,7 @@ def gather_inputs(
 
     Some pages are none of the cache.
     """
+    recipe = {name: value for name, value in locals().items() if name != "device"}
     generator = torch.Generator().manual_seed(seed)
     widths = (PACKED[form][1], 64) if form in PACKED else (latent, rope)
     firsts = starts or (0,) * len(lengths)
@@ -123,16 +135,5 @@ def gather_inputs(
         None if starts is None else int32(starts),
         moved(buffer(widths[0]), device),
         moved(buffer(widths[1]), device) if widths[1] else None,
+        recipe,
     )
-
-
-def same_bits(one: Sequence[torch.Tensor | None], other: Sequence[torch.Tensor | None]) -> bool:
-    """Whether tensors, or None, are equal bit for bit, NaN for NaN."""
-    integers = {2: torch.int16, 4: torch.int32}
-    for a, b in zip(one, other, strict=True):
-        if a is None or b is None:
-            if a is not b:
-                return False
-        elif not torch.equal(*(t.view(integers[t.element_size()]) for t in (a, b))):
-            return False
-    return True

@@ -77,6 +77,113 @@ def check_prefill_inputs(
         )
 
 
+def check_append_inputs(
+    cache: torch.Tensor | LatentCache,
+    latent: torch.Tensor,
+    rope: torch.Tensor | None,
+    slot_mapping: torch.Tensor,
+    *,
+    cos_sin: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    **_: object,
+) -> None:
+    """Reads slots and positions and checks what a caller of `mla_triton.append` means by them.
+
+    That every slot is one of the cache, or -1, and is written once; that angles are known at every
+    position. Takes the arguments of a call as they are; raises ValueError as `check_inputs`.
+    """
+    slots = slot_mapping.tolist()
+    last = _first(cache).shape[0] * page_size(cache) - 1
+    writers: dict[int, int] = {}
+    for token, slot in enumerate(slots):
+        if not -1 <= slot <= last:
+            raise ValueError(
+                f"slot_mapping must hold slots from 0 to {last}, or -1, got {slot} "
+                f"for token {token}"
+            )
+        if slot in writers:
+            raise ValueError(
+                f"slot_mapping must name a slot once, got {slot} for tokens {writers[slot]} "
+                f"and {token}"
+            )
+        if slot >= 0:
+            writers[slot] = token
+    if cos_sin is not None and positions is not None:
+        for token, position in enumerate(positions.tolist()):
+            if slots[token] >= 0 and not 0 <= position < len(cos_sin):
+                raise ValueError(
+                    f"positions must be rows of cos_sin, 0 to {len(cos_sin) - 1}, got {position} "
+                    f"for token {token}"
+                )
+
+
+def check_gather_inputs(
+    cache: torch.Tensor | LatentCache,
+    page_table: torch.Tensor | CSRPageTable,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    rows: int,
+    starts: torch.Tensor | None = None,
+    **_: object,
+) -> None:
+    """Reads offsets, starts and page ids and checks what `mla_triton.gather` assumes of them.
+
+    `rows` are those of its results. Takes the other arguments of a call as they are; raises
+    ValueError as `check_inputs`.
+    """
+    offsets = cu_seqlens_k.tolist()
+    _check_offsets("cu_seqlens_k", offsets)
+    if offsets[-1] > rows:
+        raise ValueError(f"cu_seqlens_k must end within the {rows} rows, got {offsets[-1]}")
+    batch, size = len(offsets) - 1, page_size(cache)
+    firsts = [0] * batch if starts is None else starts.tolist()
+    limits = capacities(page_table, batch, size)
+    ends = []
+    for request, (first, limit) in enumerate(zip(firsts, limits, strict=True)):
+        if first < 0:
+            raise ValueError(f"starts must be at least 0, got {first} for request {request}")
+        count = offsets[request + 1] - offsets[request]
+        ends.append(first + count if count else 0)
+        if ends[-1] > limit:
+            raise ValueError(
+                f"cu_seqlens_k must stay within the {limit} tokens of a request's "
+                f"{limit // size} pages, got key {ends[-1] - 1} for request {request}"
+            )
+    _check_pages(cache, page_table, ends, firsts)
+
+
+def check_copy_inputs(
+    source_pages: torch.Tensor, target_pages: torch.Tensor, pages: tuple[int, int], in_place: bool
+) -> None:
+    """Reads page numbers and checks what a caller of `mla_triton.copy_pages` means by them.
+
+    `pages` are those of the cache that is read and of the one that is written, which are one where
+    `in_place`. That every pair is of pages there are, or has a -1; that no page is a target twice,
+    nor a target and a source of another. Raises ValueError as `check_inputs`.
+    """
+    pairs = list(zip(source_pages.tolist(), target_pages.tolist(), strict=True))
+    names = ("source_pages", "target_pages")
+    for n, pair in enumerate(pairs):
+        for name, page, count in zip(names, pair, pages, strict=True):
+            if not -1 <= page < count:
+                raise ValueError(
+                    f"{name} must hold pages from 0 to {count - 1}, or -1, got {page} as number {n}"
+                )
+    copied = [(source, target) for source, target in pairs if min(source, target) >= 0]
+    written: set[int] = set()
+    for _, target in copied:
+        if target in written:
+            raise ValueError(f"target_pages must name a page once, got {target} twice")
+        written.add(target)
+    for source, target in copied:
+        if in_place and source != target and source in written:
+            raise ValueError(f"source_pages must be written by no other pair, got page {source}")
+
+
+def _first(cache: torch.Tensor | LatentCache) -> torch.Tensor:
+    return cache.ckv if isinstance(cache, LatentCache) else cache
+
+
 def _check_offsets(name: str, offsets: list[int]) -> None:
     if offsets[0] != 0:
         raise ValueError(f"{name} must start at 0, got {offsets[0]}")
@@ -109,12 +216,15 @@ def _check_pages(
     cache: torch.Tensor | LatentCache,
     page_table: torch.Tensor | CSRPageTable,
     lengths: list[int],
+    firsts: list[int] | None = None,
 ) -> None:
+    """Of the pages of so many keys of each request, from key `firsts` on."""
     name = "page_table.indices" if isinstance(page_table, CSRPageTable) else "page_table"
-    tensor = cache.ckv if isinstance(cache, LatentCache) else cache
+    tensor = _first(cache)
     for request, length in enumerate(lengths):
         pages = pages_of(page_table, request, -(-length // tensor.shape[1])).tolist()
-        for i, page in enumerate(pages):
+        first = 0 if firsts is None else firsts[request] // tensor.shape[1]
+        for i, page in enumerate(pages[first:], first):
             if not 0 <= page < len(tensor):
                 raise ValueError(
                     f"{name} must hold pages from 0 to {len(tensor) - 1}, got {page} "

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate, pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -22,8 +22,18 @@ UNUSED_PAGE = 2**31 - 1
 LARGE_LOGIT = 900.0
 
 Logits = Literal["normal", "large", "equal_keys", "dominant_key"]
+Layout = Literal["fused", "pair"]
+Table = Literal["dense", "csr"]
 Stored = Literal["16bit", "fp8", "fp8_groups", "fp8_ds_mla", "fp8_v4", "fp8_v41"]
 PACKED = {form.name: form for form in (FP8_DS_MLA, FP8_V4, FP8_V41)}
+SERVED: dict[Stored, tuple[torch.dtype, ...]] = {
+    "fp8": (torch.float16, torch.bfloat16),
+    "fp8_groups": (torch.float16, torch.bfloat16),
+    "fp8_ds_mla": (torch.bfloat16,),
+    "fp8_v4": (torch.bfloat16,),
+    "fp8_v41": (torch.float16, torch.bfloat16),
+}
+"""Dtypes of queries over a quantised cache."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -88,11 +98,12 @@ def decode_inputs(
     page_size: int = 64,
     dtype: torch.dtype = torch.bfloat16,
     causal: bool = True,
-    layout: Literal["fused", "pair"] = "fused",
+    layout: Layout = "fused",
     stored: Stored = "16bit",
-    table: Literal["dense", "csr"] = "dense",
+    table: Table = "dense",
     strided: bool | int = False,
     logits: Logits = "normal",
+    softmax_scale: float | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> DecodeInputs:
@@ -105,13 +116,26 @@ def decode_inputs(
     cache is quantised: "fp8" has a scale for all latents and one for all rotary keys, "fp8_groups"
     one for each 128 columns of a latent, the others are packed formats of `mla_triton.cache`.
     `logits="large"` makes them about 900 either way; with `"equal_keys"` all keys of a request are
-    one, with `"dominant_key"` a single key has nearly all of the weight.
+    one, with `"dominant_key"` a single key has nearly all of the weight. `softmax_scale` is by
+    default that of a model whose `nope` is a quarter of `latent`.
+
+    Raises ValueError for a `layout`, `stored`, `table` or `logits` that there is not.
     """
     recipe = {name: value for name, value in locals().items() if name != "device"}
+    for name, kind in (
+        ("layout", Layout),
+        ("stored", Stored),
+        ("table", Table),
+        ("logits", Logits),
+    ):
+        if recipe[name] not in get_args(kind):
+            choices = ", ".join(get_args(kind))
+            raise ValueError(f"{name} must be one of {choices}, got {recipe[name]!r}")
     padding = 16 // dtype.itemsize if strided is True else int(strided)
     generator = torch.Generator().manual_seed(seed)
     s_q_of = [s_q] * len(kv_lens) if q_lens is None else list(q_lens)
-    scale = (latent / 4 + rope) ** -0.5  # DeepSeek's nope is a quarter of its latent
+    # DeepSeek's nope is a quarter of its latent.
+    scale = (latent / 4 + rope) ** -0.5 if softmax_scale is None else softmax_scale
 
     query = torch.randn(sum(s_q_of), heads, latent + rope, generator=generator)
     if logits == "large":

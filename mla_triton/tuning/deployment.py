@@ -30,6 +30,9 @@ TABLES = ("dense", "csr")
 QUERIES = ("split", "joined", "head_major")
 """q_nope and q_rope as tensors of their own; as columns of one tensor; q_nope head by head, as a
 batched product with `W_UK` leaves it."""
+APPENDS = ("plain", "interleaved", "half")
+"""Tokens into the cache as they are; through an RMSNorm and a rotation of pairs of one of the two
+kinds."""
 MAX_HEADS = 128
 
 
@@ -62,12 +65,14 @@ class Deployment:
     prefill_tokens: int = 0
     """Query tokens of a prefill at most; 0 where `mla_triton.prefill` is not called."""
     batch_invariant: bool = False
+    appends: tuple[str, ...] = ("plain", "interleaved")
+    """How `mla_triton.append` is called, of `APPENDS`."""
 
     def forms(self, batch: int) -> Iterator[DecodeProblem]:
         """The problems of a batch that differ in more than sizes, `max_len` keys long each."""
         for dtype in self.dtypes:
             for page_size in self.page_sizes:
-                for cache in self._caches(dtype, page_size):
+                for _, cache in self._caches(dtype, page_size):
                     for table in self.tables:
                         for s_q in self.s_q:
                             for query in self.queries:
@@ -99,9 +104,9 @@ class Deployment:
         widths = {self.value_dim: None} | ({self.v: None} if self.prefill_tokens and self.v else {})
         for dtype in self.dtypes:
             for width in widths:
-                out = _made(1, self.heads, width, kind=dtype)
-                lse = _made(1, self.heads, kind=torch.float32)
-                for mask in (None, _made(1, kind=torch.bool)):
+                out = made_without_memory(1, self.heads, width, kind=dtype)
+                lse = made_without_memory(1, self.heads, kind=torch.float32)
+                for mask in (None, made_without_memory(1, kind=torch.bool)):
                     yield validate_merge.described([out] * 2, [lse] * 2, mask, out, lse)
 
     def lengths(self, form: DecodeProblem) -> list[int]:
@@ -115,23 +120,36 @@ class Deployment:
         longest = length_bucket(requests * pages * form.page_size)
         return [1 << n for n in range(longest.bit_length())]
 
-    def _caches(self, dtype: torch.dtype, page_size: int) -> Iterator[LatentCache]:
-        """Pages of each cache that there may be, on no memory. A packed format is its layout, and
-        how far its pages are apart shows in two of them."""
+    def caches(self) -> Iterator[tuple[torch.dtype, torch.Tensor | None, LatentCache]]:
+        """(dtype of queries, packed pages or None, their parts) of each cache, on no memory."""
+        for dtype in self.dtypes:
+            for page_size in self.page_sizes:
+                for packed, cache in self._caches(dtype, page_size):
+                    yield dtype, packed, cache
+
+    def _caches(
+        self, dtype: torch.dtype, page_size: int
+    ) -> Iterator[tuple[torch.Tensor | None, LatentCache]]:
+        """Pages of each cache that there may be, on no memory; packed ones, and their parts. A
+        packed format is its layout, and how far its pages are apart shows in two of them."""
         slots, width = (1, page_size), self.latent + self.rope
         for name in self.cache_formats:
             if name in named.PACKED:
-                pages = _made(2, named.page_bytes(name, page_size, width), kind=torch.uint8)
-                yield named.parts(name, pages, page_size)
+                pages = made_without_memory(
+                    2, named.page_bytes(name, page_size, width), kind=torch.uint8
+                )
+                yield pages, named.parts(name, pages, page_size)
                 continue
             kind = dtype if name == "16bit" else E4M3
-            scales = None if name == "16bit" else _made(2, kind=torch.float32)
+            scales = None if name == "16bit" else made_without_memory(2, kind=torch.float32)
             for layout in self.layouts:
                 if layout == "fused":
-                    yield LatentCache(_made(*slots, width, kind=kind), None, scales)
+                    ckv = made_without_memory(*slots, width, kind=kind)
+                    yield None, LatentCache(ckv, None, scales)
                 else:
-                    kpe = _made(*slots, self.rope, kind=kind) if self.rope else None
-                    yield LatentCache(_made(*slots, self.latent, kind=kind), kpe, scales)
+                    ckv = made_without_memory(*slots, self.latent, kind=kind)
+                    kpe = made_without_memory(*slots, self.rope, kind=kind) if self.rope else None
+                    yield None, LatentCache(ckv, kpe, scales)
 
     def _rope_widths(self, query: str) -> tuple[int, ...]:
         """From one rotary query to the next: alone, or behind what was absorbed."""
@@ -151,7 +169,7 @@ class Deployment:
         rope_width: int,
     ) -> DecodeProblem:
         """What a call of this form is to the package: found by its own checks, on no memory."""
-        made = partial(_made, kind=dtype)
+        made = partial(made_without_memory, kind=dtype)
         tokens, heads, width = batch * s_q, self.heads, self.latent + self.rope
         if query == "joined":
             both = made(tokens, heads, width)
@@ -190,7 +208,7 @@ class Deployment:
         """The same of a prefill."""
         assert self.nope is not None
         assert self.v is not None
-        made = partial(_made, kind=dtype)
+        made = partial(made_without_memory, kind=dtype)
         nope, rope = self.nope, self.rope
         offsets = made(batch + 1, kind=torch.int32)
         return validate_prefill.prefill(
@@ -211,7 +229,7 @@ class Deployment:
         )
 
 
-def _made(*shape: int, kind: torch.dtype) -> torch.Tensor:
+def made_without_memory(*shape: int, kind: torch.dtype) -> torch.Tensor:
     """A tensor without memory."""
     return torch.empty(shape, dtype=kind, device="meta")
 
@@ -244,6 +262,7 @@ def describe(
     causal: bool = True,
     prefill_tokens: int = 0,
     batch_invariant: bool = False,
+    append: str | Sequence[str] = ("plain", "interleaved"),
 ) -> Deployment:
     """A deployment by model or by shapes; ValueError naming argument, rule and value.
 
@@ -288,6 +307,7 @@ def describe(
         causal=bool(causal),
         prefill_tokens=_least("prefill_tokens", prefill_tokens, 0),
         batch_invariant=bool(batch_invariant),
+        appends=_choices("append", append, APPENDS),
     )
     for kind in described.dtypes:
         for name in described.cache_formats:

@@ -23,21 +23,33 @@ from mla_triton import device as devices
 from mla_triton.device import Device
 from mla_triton.kernels.common import combine, schedule
 from mla_triton.kernels.common.launch import Launcher, Variant
+from mla_triton.kernels.portable import append, copy_pages, gather
 from mla_triton.ops.plan import cut
 from mla_triton.plan import Geometry
 from mla_triton.problem import LARGEST_TILE, DecodeProblem
-from mla_triton.tuning import workers
+from mla_triton.tuning import cache_calls, workers
 from mla_triton.tuning.deployment import Deployment, describe, resized
 from mla_triton.tuning.workers import Compiled, Job
 
 SIZES = (
     "FIRST", "REST", "VALUE", "HALF", "TAIL", "Q_NOPE", "K_NOPE", "PAGE_SIZE", "KV_TILE",
     "ROW_TILE", "BLOCK_M", "BLOCK_N", "BLOCKS", "BLOCK_B", "NOPE_STEP", "ROPE_STEP", "OUT_STEP",
-    "PIECES", "LEVELS", "OTHERS", "ROWS", "CHUNKS", "SLOTS",
+    "PIECES", "LEVELS", "OTHERS", "ROWS", "CHUNKS", "SLOTS", "LATENT", "ROPE", "GROUP", "SIZES",
+    "SCALING", "ROTATION", "LATENTS_STEP", "KEYS_STEP",
 )  # fmt: skip
-SWITCHES = ("FUSED", "CSR", "RAGGED", "CAUSAL", "GATHER", "FULL_TILES", "ALONE", "MASKED",
+SWITCHES = (
+    "FUSED",
+    "CSR",
+    "RAGGED",
+    "CAUSAL",
+    "GATHER",
+    "FULL_TILES",
+    "ALONE",
+    "MASKED",
+    "NORM",
+    "STARTS",
     "FIXED",
-)  # fmt: skip
+)
 """Constants that kernels of one deployment differ in."""
 
 
@@ -90,7 +102,8 @@ def warmup(
         description: the deployment, as `mla-triton warmup --help` lists it: `model` or `from_model`
             with `tp`, or `heads`, `latent`, `rope`, `value_dim`; `max_batch`, `max_len`, `s_q`,
             `dtype`, `page_size`, `layout`, `table`, `queries`, `ragged`, `causal`,
-            `prefill_tokens`, `batch_invariant`. One value or several where several make sense.
+            `prefill_tokens`, `append`, `batch_invariant`. One value or several where several make
+            sense.
 
     Raises:
         ValueError: an argument breaks a rule; the message names it.
@@ -188,7 +201,22 @@ def variants(deployment: Deployment, device: Device) -> list[Variant]:
         module = select.choose_merge(merge, device).module
         config = configs.choose(module, merge, device).config
         found[module.variant(merge, config, device)] = None
+    found |= dict.fromkeys(_cache_variants(deployment, device))
     return list(found)
+
+
+def _cache_variants(deployment: Deployment, device: Device) -> Iterator[Variant]:
+    """The kernels of appends, gathers and copies of pages that the card can run."""
+    for module, problems in (
+        (append, cache_calls.appends(deployment)),
+        (gather, cache_calls.gathers(deployment)),
+        (copy_pages, cache_calls.copies(deployment)),
+    ):
+        for problem in problems:
+            # What decodes a cache may be called without these.
+            if module.why_not(problem, device) is None:
+                config = configs.choose(module, problem, device).config
+                yield module.variant(problem, config, device)
 
 
 def _variants(
@@ -254,6 +282,8 @@ def name_of(variant: Variant) -> str:
     constants = dict(variant.constants)
     said = [f"{name.lower()} {constants[name]}" for name in SIZES if name in constants]
     said += [name.lower() for name in SWITCHES if constants.get(name)]
+    if constants.get("ROTATION", "none") != "none":
+        said += [f"angles {dict(variant.types)['cos_sin'].removeprefix('*')}"]
     kinds = {kind.removeprefix("*") for _, kind in variant.types}
     said += [next(kind for kind in ("fp16", "bf16", "fp32", "i32") if kind in kinds)]
     said += [f"{variant.num_warps} warps", f"{variant.num_stages} stages"]

@@ -22,11 +22,12 @@ from mla_triton.testing import (
     append_inputs,
     assert_within_budget,
     decode_inputs,
+    gather_inputs,
     merge_inputs,
     prefill_inputs,
+    same_bits,
 )
 from mla_triton.testing.caches import FORMS
-from mla_triton.testing.gathers import gather_inputs, same_bits
 
 KV_LENS = (300, 0, 65, 1)
 PORTABLE: tuple[dict[str, Any], ...] = (

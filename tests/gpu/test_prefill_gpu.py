@@ -21,7 +21,7 @@ from mla_triton.kernels.portable.prefill_config import Config
 from mla_triton.kernels.sm90 import prefill_config as sm90_config
 from mla_triton.ops import prefill as operation
 from mla_triton.state import AttentionState
-from mla_triton.testing import assert_within_budget, untouched_padding
+from mla_triton.testing import assert_within_budget, problem_of, untouched_padding
 from mla_triton.testing.foreign_code import code_of
 from mla_triton.testing.prefill_compilation import problem
 from mla_triton.testing.prefill_problems import PrefillInputs, prefill_inputs, whole
@@ -365,15 +365,3 @@ def test_code_of_older_cards(label, qk, rope, v_dim, dtype):
     assert kernel.uses("cp.async")
     assert not kernel.uses("wgmma")
     assert kernel.shared <= devices.from_label(label).shared_memory
-
-
-def problem_of(inputs: PrefillInputs) -> Any:
-    """What a call with these inputs is to the package."""
-    from mla_triton import validate_prefill
-
-    buffers = inputs.output_buffers()
-    return validate_prefill.prefill(
-        inputs.q, inputs.q_rope, inputs.k, inputs.k_rope, inputs.v, inputs.cu_seqlens_q,
-        inputs.cu_seqlens_k, buffers["out"], buffers["lse"],
-        softmax_scale=inputs.softmax_scale, causal=inputs.causal, max_seqlen_q=None,
-    )  # fmt: skip

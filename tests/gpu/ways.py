@@ -13,13 +13,12 @@ import pytest
 from given_configs import choosing
 
 import mla_triton
-from mla_triton import configs, select, validate
+from mla_triton import configs, select
 from mla_triton import device as devices
 from mla_triton.configs import Choice
 from mla_triton.device import Device
 from mla_triton.kernels.sm90.decode_config import Config
-from mla_triton.problem import DecodeProblem
-from mla_triton.testing.problems import DecodeInputs
+from mla_triton.testing import DecodeInputs, problem_of
 
 
 class Way(NamedTuple):
@@ -57,17 +56,6 @@ def forced(way: Way) -> Iterator[None]:
 def run(inputs: DecodeInputs, way: Way, **more: Any) -> mla_triton.AttentionState:
     arguments, options = inputs.call_arguments()
     return mla_triton.decode(*arguments, **options, impl=way.impl, **more)
-
-
-def problem_of(inputs: DecodeInputs) -> DecodeProblem:
-    """What a call with these inputs is to the package."""
-    buffers = inputs.output_buffers()
-    return validate.decode(
-        inputs.q_nope, inputs.q_rope, *validate.unpack_cache(inputs.cache),
-        *validate.unpack_page_table(inputs.page_table), inputs.kv_lens, inputs.cu_seqlens_q,
-        buffers["out"], buffers["lse"], softmax_scale=inputs.softmax_scale, causal=inputs.causal,
-        value_dim=inputs.value_dim, max_kv_len=inputs.max_kv_len, allow_tf32=False,
-    )  # fmt: skip
 
 
 def is_refused(inputs: DecodeInputs, way: Way) -> bool:

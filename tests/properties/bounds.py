@@ -14,20 +14,10 @@ from mla_triton.testing import (
     MergeInputs,
     PrefillInputs,
     assert_within_budget,
+    budget_of,
     compare,
     merge_budget,
 )
-from mla_triton.testing.budget import budget_of
-
-INTEGERS = {2: torch.int16, 4: torch.int32}
-
-
-def assert_same_bits(one: AttentionState, other: AttentionState) -> None:
-    """NaN for NaN."""
-    for kind, got, expected in zip(one._fields, one, other, strict=True):
-        as_integers = INTEGERS[got.element_size()]
-        different = got.contiguous().view(as_integers) != expected.contiguous().view(as_integers)
-        assert not different.any(), f"{int(different.sum())} of {different.numel()} {kind} differ"
 
 
 def rows(state: AttentionState, chosen: Sequence[int]) -> AttentionState:

@@ -25,7 +25,15 @@ from ways import Way
 from mla_triton import AttentionState
 from mla_triton.cache import CSRPageTable
 from mla_triton.plan import FIXED_LEAST, FIXED_UNIT
-from mla_triton.testing import DecodeInputs, assert_within_budget, decode_inputs
+from mla_triton.testing import (
+    DecodeInputs,
+    assert_same_bits,
+    assert_within_budget,
+    decode_inputs,
+    plan_of,
+    prefill_changes,
+)
+from mla_triton.testing import decode_changes as changes
 from mla_triton.testing.problems import int32
 
 PIECE = FIXED_LEAST * FIXED_UNIT
@@ -72,16 +80,16 @@ def test_a_request_of_a_decode_is_alone(execution, data):
     count = len(inputs.kv_lens)
     order = data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=count + 1))
     least = 16 if execution.impl == "sm90" and inputs.recipe.get("stored") else 1
-    whole = decodes.page_size_of(inputs)
+    whole = changes.page_size_of(inputs)
     sizes = [size for size in (whole, 32, 16, 1) if whole % size == 0 and size >= least]
     size = data.draw(st.sampled_from(sizes))
     seed, by = data.draw(st.integers(0, 2**16)), data.draw(st.sampled_from((0, 1, 5000)))
     change = f"widened(reordered(repaged(relocated(inputs, {seed}), {size}), {order}), {by})"
     reproduction(inputs, change, execution)
-    moved = decodes.repaged(decodes.relocated(inputs, seed), size)
-    moved = widened(decodes.reordered(moved, order), by)
+    moved = changes.repaged(changes.relocated(inputs, seed), size)
+    moved = widened(changes.reordered(moved, order), by)
     expected = run(inputs, execution)
-    bounds.assert_same_bits(run(moved, execution), bounds.rows(expected, order))
+    assert_same_bits(run(moved, execution), bounds.rows(expected, order))
     assert_within_budget(expected, inputs)
 
 
@@ -91,16 +99,16 @@ def test_ragged_queries_of_others_do_not_matter(execution, data):
     """How many query tokens others have moves the average, by which tiles are chosen elsewhere."""
     tokens = data.draw(st.lists(st.sampled_from((1, 2, 9)), min_size=2, max_size=3))
     inputs = data.draw(long_problems(execution, s_q=max(tokens)))
-    lengths, pages = inputs.kv_lens.tolist(), decodes.pages_of(inputs)
+    lengths, pages = inputs.kv_lens.tolist(), changes.pages_of(inputs)
     tokens = (tokens * len(lengths))[: len(lengths)]
     reproduction(inputs, f"each request alone, of {tokens} query tokens", execution)
 
     def ragged(requests: range) -> DecodeInputs:
-        some = decodes.with_pages(
+        some = changes.with_pages(
             inputs, [pages[b] for b in requests], [lengths[b] for b in requests]
         )
         ends = torch.tensor([0, *(tokens[b] for b in requests)]).cumsum(0)
-        return decodes.with_queries(
+        return changes.with_queries(
             replace(some, cu_seqlens_q=int32(ends.tolist()).to(DEVICE)),
             lambda q: torch.cat([q[b, : tokens[b]] for b in requests]),
         )
@@ -109,7 +117,7 @@ def test_ragged_queries_of_others_do_not_matter(execution, data):
     first = 0
     for b, count in enumerate(tokens):
         alone = run(ragged(range(b, b + 1)), execution)
-        bounds.assert_same_bits(alone, bounds.rows(together, range(first, first + count)))
+        assert_same_bits(alone, bounds.rows(together, range(first, first + count)))
         first += count
 
 
@@ -118,8 +126,8 @@ def test_ragged_queries_of_others_do_not_matter(execution, data):
 def test_a_plan_changes_nothing(execution, data):
     inputs = data.draw(long_problems(execution))
     reproduction(inputs, "with a plan", execution)
-    plan = decodes.plan_of(inputs, execution, None, batch_invariant=True, max_kv_len=max(LENGTHS))
-    bounds.assert_same_bits(
+    plan = plan_of(inputs, execution.impl, batch_invariant=True, max_kv_len=max(LENGTHS))
+    assert_same_bits(
         decodes.run(inputs, execution, batch_invariant=True, plan=plan), run(inputs, execution)
     )
 
@@ -129,12 +137,12 @@ def test_a_plan_changes_nothing(execution, data):
 def test_a_sequence_of_a_prefill_is_alone(execution, data):
     """Among long sequences, or short ones, for which tiles would be others."""
     inputs = data.draw(prefills.problems(execution))
-    own = prefills.spans(inputs.cu_seqlens_q)
+    own = prefill_changes.spans(inputs.cu_seqlens_q)
     order = data.draw(st.lists(st.integers(0, len(own) - 1), min_size=1, max_size=len(own) + 1))
     reproduction(inputs, f"reordered(inputs, {order})", execution)
-    got = prefills.run(prefills.reordered(inputs, order), execution, batch_invariant=True)
+    got = prefills.run(prefill_changes.reordered(inputs, order), execution, batch_invariant=True)
     expected = prefills.run(inputs, execution, batch_invariant=True)
-    bounds.assert_same_bits(got, bounds.rows(expected, [row for b in order for row in own[b]]))
+    assert_same_bits(got, bounds.rows(expected, [row for b in order for row in own[b]]))
     assert_within_budget(expected, inputs)
 
 
@@ -148,7 +156,7 @@ def test_without_it_a_request_depends_on_the_others():
         kv_lens=[3000, 40, 40, 40], heads=2, latent=128, rope=32, page_size=16,
         dtype=torch.float32, device=DEVICE,
     )  # fmt: skip
-    alone = decodes.reordered(inputs, [0])
+    alone = changes.reordered(inputs, [0])
     lse = [decodes.run(some, execution).lse[0] for some in (inputs, alone)]
     assert not torch.equal(*lse)
     lse = [run(some, execution).lse[0] for some in (inputs, alone)]

@@ -35,7 +35,14 @@ from ways import Way
 
 from mla_triton import AttentionState
 from mla_triton.reference import unabsorbed
-from mla_triton.testing import assert_within_budget, decode_budget, query_blocks
+from mla_triton.testing import (
+    assert_same_bits,
+    assert_within_budget,
+    decode_budget,
+    plan_of,
+    query_blocks,
+)
+from mla_triton.testing import decode_changes as changes
 from mla_triton.testing.problems import LARGE_LOGIT, int32
 
 EXECUTIONS = executions(Way("sm90", 1), Way("sm90", 2))
@@ -60,10 +67,10 @@ def test_the_order_of_the_batch_does_not_matter(execution, data):
     inputs = data.draw(problems(execution))
     order = data.draw(st.permutations(range(len(inputs.kv_lens))))
     reproduction(inputs, f"reordered(inputs, {order}) in one part", execution)
-    moved = decodes.reordered(inputs, order)
+    moved = changes.reordered(inputs, order)
     expected = run(inputs, execution, **decodes.in_one_part(inputs, execution))
     got = run(moved, execution, **decodes.in_one_part(moved, execution))
-    bounds.assert_same_bits(got, bounds.rows(expected, order))
+    assert_same_bits(got, bounds.rows(expected, order))
 
 
 @examples()
@@ -72,7 +79,7 @@ def test_places_of_pages_do_not_matter(execution, data):
     inputs = data.draw(problems(execution))
     seed = data.draw(st.integers(0, 2**16))
     reproduction(inputs, f"relocated(inputs, {seed})", execution)
-    bounds.assert_same_bits(run(decodes.relocated(inputs, seed), execution), run(inputs, execution))
+    assert_same_bits(run(changes.relocated(inputs, seed), execution), run(inputs, execution))
 
 
 @examples()
@@ -82,11 +89,11 @@ def test_another_request_may_lose_its_keys(execution, data):
     last = len(inputs.kv_lens) - 1
     request = data.draw(st.integers(0, last))
     reproduction(inputs, f"emptied(inputs, {request}) in one part", execution)
-    fewer = decodes.emptied(inputs, request)
+    fewer = changes.emptied(inputs, request)
     others = [b for b in range(last + 1) if b != request]
     expected = run(inputs, execution, **decodes.in_one_part(inputs, execution))
     got = run(fewer, execution, **decodes.in_one_part(fewer, execution))
-    bounds.assert_same_bits(bounds.rows(got, others), bounds.rows(expected, others))
+    assert_same_bits(bounds.rows(got, others), bounds.rows(expected, others))
     assert (got.out[request] == 0).all()
     assert (got.lse[request] == -torch.inf).all()
 
@@ -100,10 +107,10 @@ def test_nan_in_a_request_is_of_that_request_alone(execution, data):
     key = data.draw(st.integers(0, int(inputs.kv_lens[request]) - 1))
     column = data.draw(st.integers(0, inputs.q_nope.shape[-1] - 1))
     reproduction(inputs, f"poisoned(inputs, {request}, {key}, {column})", execution)
-    got = run(decodes.poisoned(inputs, request, key, column), execution)
+    got = run(changes.poisoned(inputs, request, key, column), execution)
     expected = run(inputs, execution)
     others = [b for b in range(last + 1) if b != request]
-    bounds.assert_same_bits(bounds.rows(got, others), bounds.rows(expected, others))
+    assert_same_bits(bounds.rows(got, others), bounds.rows(expected, others))
     # The last query token sees every key.
     assert got.out[request, -1].isnan().any(-1).all()
 
@@ -112,10 +119,10 @@ def test_nan_in_a_request_is_of_that_request_alone(execution, data):
 @given(st.data())
 def test_values_may_be_scaled(execution, data):
     """By powers of two that keep all numbers normal; those of out that are not are left out."""
-    inputs = decodes.coarse(data.draw(problems(execution)))
+    inputs = changes.coarse(data.draw(problems(execution)))
     exponent = data.draw(st.integers(1, 4))
     reproduction(inputs, f"scaled(coarse(inputs), {exponent})", execution)
-    plain, larger = run(inputs, execution), run(decodes.scaled(inputs, exponent), execution)
+    plain, larger = run(inputs, execution), run(changes.scaled(inputs, exponent), execution)
     normal = plain.out.abs() >= torch.finfo(inputs.dtype).tiny
     assert torch.equal((plain.out * 2**exponent)[normal], larger.out[normal])
     assert torch.equal(plain.lse, larger.lse)
@@ -131,7 +138,7 @@ def test_the_order_of_a_batch_in_several_parts(execution, data):
     order = data.draw(st.permutations(range(len(inputs.kv_lens))))
     reproduction(inputs, f"reordered(inputs, {order})", execution)
     back = [order.index(b) for b in range(len(order))]
-    got = run(decodes.reordered(inputs, order), execution)
+    got = run(changes.reordered(inputs, order), execution)
     assert_within_budget(bounds.rows(got, back), inputs)
 
 
@@ -141,10 +148,10 @@ def test_the_page_size_does_not_matter(execution, data):
     inputs = data.draw(problems(execution, where=lambda shape: shape["page_size"] > 1))
     # The Hopper kernel reads e4m3 in boxes of 16 keys and more.
     boxes = execution.impl == "sm90" and not is_16_bit(inputs.recipe)
-    sizes = [n for n in (16, 32, 1) if decodes.page_size_of(inputs) % n == 0 and n >= 16 * boxes]
+    sizes = [n for n in (16, 32, 1) if changes.page_size_of(inputs) % n == 0 and n >= 16 * boxes]
     size = data.draw(st.sampled_from(sizes))
     reproduction(inputs, f"repaged(inputs, {size})", execution)
-    assert_within_budget(run(decodes.repaged(inputs, size), execution), inputs)
+    assert_within_budget(run(changes.repaged(inputs, size), execution), inputs)
 
 
 @examples()
@@ -154,9 +161,9 @@ def test_heads_do_not_know_of_each_other(execution, data):
     count = inputs.q_nope.shape[-2]
     heads = data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=count, unique=True))
     reproduction(inputs, f"of_heads(inputs, {heads})", execution)
-    got, budget = run(decodes.of_heads(inputs, heads), execution), decode_budget(inputs)
+    got, budget = run(changes.of_heads(inputs, heads), execution), decode_budget(inputs)
     exact = AttentionState(budget.exact.out[:, :, heads], budget.exact.lse[:, :, heads])
-    bounds.assert_is(got, exact, decodes.of_heads(inputs, heads))
+    bounds.assert_is(got, exact, changes.of_heads(inputs, heads))
 
 
 @examples()
@@ -167,7 +174,7 @@ def test_the_number_of_parts_does_not_matter(execution, data):
     inputs = data.draw(problems(execution))
     parts = data.draw(st.integers(1, decodes.MOST_PARTS))
     reproduction(inputs, f"parts={parts}", execution)
-    plan = decodes.plan_of(inputs, execution, parts)
+    plan = plan_of(inputs, execution.impl, parts)
     assert_within_budget(run(inputs, execution, plan=plan), inputs)
 
 
@@ -180,7 +187,7 @@ def test_queries_in_chunks_are_the_whole(execution, data):
     reproduction(inputs, f"query_blocks(ragged(inputs), {size})", execution)
     batch, s_q = inputs.q_nope.shape[:2]
     bounds_of = int32(range(0, batch * s_q + 1, s_q)).to(DEVICE)
-    ragged = decodes.with_queries(
+    ragged = changes.with_queries(
         replace(inputs, cu_seqlens_q=bounds_of), lambda q: q.flatten(0, 1)
     )
     whole = ragged.output_buffers()
@@ -197,7 +204,7 @@ def test_any_partition_of_the_pages_merges_to_the_whole(execution, data):
     inputs = data.draw(problems(execution, causal=(False,), whole_pages=True))
     parts, seed = data.draw(st.integers(2, 4)), data.draw(st.integers(0, 2**16))
     reproduction(inputs, f"merge(partitioned(inputs, {parts}, {seed}))", execution)
-    pieces = decodes.partitioned(inputs, parts, seed)
+    pieces = changes.partitioned(inputs, parts, seed)
     states = [run(piece, execution) for piece in pieces]
     bounds.assert_merges_to(merge(states, execution), inputs, pieces, states)
 
@@ -208,7 +215,7 @@ def test_causal_is_truncated_lengths(execution, data):
     """Without a mask, over the keys that a query token sees."""
     inputs = data.draw(problems(execution, s_q=(2, 3), causal=(True,), batch=2))
     reproduction(inputs, "truncated(inputs, False)", execution)
-    state = run(decodes.truncated(inputs, causal=False), execution)
+    state = run(changes.truncated(inputs, causal=False), execution)
     batch, s_q = inputs.q_nope.shape[:2]
     rows = (tensor.flatten(0, 1).unflatten(0, (batch, s_q)) for tensor in state)
     assert_within_budget(AttentionState(*rows), inputs)
@@ -220,7 +227,7 @@ def test_a_row_of_several_is_a_decode_at_its_length(execution, data):
     """As in multi-token prediction; the truth is that of single query tokens."""
     inputs = data.draw(problems(execution, s_q=(2, 3), causal=(True,)))
     reproduction(inputs, "rows of truncated(inputs, True)", execution)
-    single = decodes.truncated(inputs, causal=True)
+    single = changes.truncated(inputs, causal=True)
     state = run(inputs, execution)
     rows = AttentionState(*(tensor.flatten(0, 1)[:, None] for tensor in state))
     assert_within_budget(rows, single)
@@ -236,7 +243,7 @@ def test_requests_without_keys_are_neutral(execution, data):
     rows = [*range(count)]
     for place in places:
         rows.insert(place, -1)
-    state = run(decodes.joined_by_empty(inputs, places), execution)
+    state = run(changes.joined_by_empty(inputs, places), execution)
     assert_within_budget(bounds.rows(state, [rows.index(b) for b in range(count)]), inputs)
     added = bounds.rows(state, [place for place, b in enumerate(rows) if b < 0])
     assert (added.out == 0).all()
@@ -249,7 +256,7 @@ def test_keys_that_are_there_twice(execution, data):
     """The same out, and an lse that is log 2 more."""
     inputs = data.draw(problems(execution, causal=(False,), whole_pages=True))
     reproduction(inputs, "doubled(inputs)", execution)
-    twice, exact = decodes.doubled(inputs), decode_budget(inputs).exact
+    twice, exact = changes.doubled(inputs), decode_budget(inputs).exact
     bounds.assert_is(run(twice, execution), exact._replace(lse=exact.lse + log(2)), twice)
 
 
@@ -258,12 +265,12 @@ def test_keys_that_are_there_twice(execution, data):
 def test_a_shift_of_all_logits(execution, data):
     """The same out, and an lse that is shifted as far."""
     inputs = data.draw(problems(execution, where=lambda shape: shape["rope"] > 0))
-    level, key = decodes.with_a_constant_column(decodes.shifted(inputs, 0.0))
+    level, key = changes.with_a_constant_column(changes.shifted(inputs, 0.0))
     # A whole number, exact in every dtype.
     most = min(256, int(LARGE_LOGIT / (key * inputs.softmax_scale)))
     by = float(data.draw(st.integers(-most, most)))
     reproduction(inputs, f"shifted(with_a_constant_column(inputs), {by})", execution)
-    moved, exact = decodes.shifted(level, by), decode_budget(level).exact
+    moved, exact = changes.shifted(level, by), decode_budget(level).exact
     shift = by * key * inputs.softmax_scale
     bounds.assert_is(run(moved, execution), exact._replace(lse=exact.lse + shift), moved)
 
@@ -283,12 +290,12 @@ def test_absorbed_is_unabsorbed(execution, data):
     absorbed = replace(inputs, q_nope=query)
     state, budget = run(absorbed, execution), decode_budget(absorbed)
     got = unabsorbed.project_values(state.out.double(), w_uv)
-    size = decodes.page_size_of(inputs)
+    size = changes.page_size_of(inputs)
     for request, (pages, length) in enumerate(
-        zip(decodes.pages_of(inputs), inputs.kv_lens.tolist(), strict=True)
+        zip(changes.pages_of(inputs), inputs.kv_lens.tolist(), strict=True)
     ):
-        c_kv = decodes.latents_of(inputs, inputs.cache)[pages.long()].flatten(0, 1)[:length]
-        k_pe = decodes.rotary_of(inputs, inputs.cache)[pages.long()].flatten(0, 1)[:length]
+        c_kv = changes.latents_of(inputs, inputs.cache)[pages.long()].flatten(0, 1)[:length]
+        k_pe = changes.rotary_of(inputs, inputs.cache)[pages.long()].flatten(0, 1)[:length]
         assert len(c_kv) == length <= len(pages) * size
         q_rope = None if inputs.q_rope is None else inputs.q_rope[request]
         truth = unabsorbed.attention(

@@ -28,6 +28,7 @@ from mla_triton.problem import MOST_APART
 from mla_triton.reference.decode import softmax, visible_keys
 from mla_triton.testing import (
     MergeInputs,
+    assert_same_bits,
     assert_within_budget,
     decode_inputs,
     merge_budget,
@@ -98,7 +99,7 @@ def test_empty_states_are_neutral(execution, data):
     before = [*states[:place], empty, *states[place + 1 :]]
     emptied = [AttentionState(first.out * 0, empty.lse) if s is empty else s for s in before]
     got = run(with_states(inputs, before), execution)
-    bounds.assert_same_bits(got, run(with_states(inputs, emptied), execution))
+    assert_same_bits(got, run(with_states(inputs, emptied), execution))
     states.insert(place, empty)
     assert_within_budget(run(with_states(inputs, states), execution), inputs)
 
@@ -113,7 +114,7 @@ def test_an_empty_state_beside_one_is_that_one(execution, data):
     states = [one]
     nothing = torch.full_like(one.out, float("nan")), torch.full_like(one.lse, -torch.inf)
     states.insert(place, AttentionState(*nothing))
-    bounds.assert_same_bits(merge(states, execution), one)
+    assert_same_bits(merge(states, execution), one)
 
 
 @examples()
@@ -128,7 +129,7 @@ def test_rows_do_not_know_of_each_other(execution, data):
     states = [bounds.rows(state, tokens) for state in inputs.states]
     states[0].out[-1], states[0].lse[-1] = float("nan"), float("nan")
     got = run(with_states(inputs, states), execution)
-    bounds.assert_same_bits(bounds.rows(got, range(len(chosen))), bounds.rows(expected, chosen))
+    assert_same_bits(bounds.rows(got, range(len(chosen))), bounds.rows(expected, chosen))
     assert got.lse[-1].isnan().all()
     assert got.out[-1].isnan().all(), broken
 

@@ -18,18 +18,18 @@ from dataclasses import replace
 from math import log
 
 import bounds
-import prefills
 import pytest
 import torch
 from executions import DEVICE, Execution, examples, executions, merge, picking, reproduction
 from hypothesis import given
 from hypothesis import strategies as st
-from prefills import problems, run, spans
+from prefills import problems, run
 from ways import Way
 
 from mla_triton import AttentionState
 from mla_triton.reference import unabsorbed
-from mla_triton.testing import assert_within_budget, prefill_budget
+from mla_triton.testing import assert_same_bits, assert_within_budget, prefill_budget
+from mla_triton.testing import prefill_changes as changes
 from mla_triton.testing.problems import LARGE_LOGIT
 
 EXECUTIONS = executions(Way("sm90"))
@@ -43,7 +43,7 @@ def execution(request: pytest.FixtureRequest) -> Iterator[Execution]:
 
 def rows_but(inputs, sequence: int) -> list[int]:
     """Those of all other sequences."""
-    every = spans(inputs.cu_seqlens_q)
+    every = changes.spans(inputs.cu_seqlens_q)
     return [row for b, own in enumerate(every) if b != sequence for row in own]
 
 
@@ -54,24 +54,24 @@ def rows_but(inputs, sequence: int) -> list[int]:
 @given(st.data())
 def test_the_order_of_the_batch_does_not_matter(execution, data):
     inputs = data.draw(problems(execution))
-    queries = spans(inputs.cu_seqlens_q)
+    queries = changes.spans(inputs.cu_seqlens_q)
     order = data.draw(st.permutations(range(len(queries))))
     reproduction(inputs, f"reordered(inputs, {order})", execution)
-    got, expected = run(prefills.reordered(inputs, order), execution), run(inputs, execution)
+    got, expected = run(changes.reordered(inputs, order), execution), run(inputs, execution)
     rows = [row for b in order for row in queries[b]]
-    bounds.assert_same_bits(got, bounds.rows(expected, rows))
+    assert_same_bits(got, bounds.rows(expected, rows))
 
 
 @examples()
 @given(st.data())
 def test_another_sequence_may_lose_its_keys(execution, data):
     inputs = data.draw(problems(execution))
-    queries = spans(inputs.cu_seqlens_q)
+    queries = changes.spans(inputs.cu_seqlens_q)
     sequence = data.draw(st.integers(0, len(queries) - 1))
     reproduction(inputs, f"without_keys(inputs, {sequence})", execution)
-    got, expected = run(prefills.without_keys(inputs, sequence), execution), run(inputs, execution)
+    got, expected = run(changes.without_keys(inputs, sequence), execution), run(inputs, execution)
     others = rows_but(inputs, sequence)
-    bounds.assert_same_bits(bounds.rows(got, others), bounds.rows(expected, others))
+    assert_same_bits(bounds.rows(got, others), bounds.rows(expected, others))
     empty = bounds.rows(got, queries[sequence])
     assert (empty.out == 0).all()
     assert (empty.lse == -torch.inf).all()
@@ -81,14 +81,14 @@ def test_another_sequence_may_lose_its_keys(execution, data):
 @given(st.data())
 def test_nan_in_a_sequence_is_of_that_sequence_alone(execution, data):
     inputs = data.draw(problems(execution, at_least=1))
-    queries, keys = spans(inputs.cu_seqlens_q), spans(inputs.cu_seqlens_k)
+    queries, keys = changes.spans(inputs.cu_seqlens_q), changes.spans(inputs.cu_seqlens_k)
     sequence = data.draw(st.integers(0, len(queries) - 1))
     key = data.draw(st.integers(0, len(keys[sequence]) - 1))
     column = data.draw(st.integers(0, inputs.v.shape[-1] - 1))
     reproduction(inputs, f"poisoned(inputs, {sequence}, {key}, {column})", execution)
-    got = run(prefills.poisoned(inputs, sequence, key, column), execution)
+    got = run(changes.poisoned(inputs, sequence, key, column), execution)
     others, expected = rows_but(inputs, sequence), run(inputs, execution)
-    bounds.assert_same_bits(bounds.rows(got, others), bounds.rows(expected, others))
+    assert_same_bits(bounds.rows(got, others), bounds.rows(expected, others))
     # The last query sees every key.
     assert got.out[queries[sequence][-1], :, column].isnan().all()
 
@@ -100,7 +100,7 @@ def test_values_may_be_scaled(execution, data):
     inputs = data.draw(problems(execution))
     exponent = data.draw(st.integers(1, 4))
     reproduction(inputs, f"scaled(inputs, {exponent})", execution)
-    plain, larger = run(inputs, execution), run(prefills.scaled(inputs, exponent), execution)
+    plain, larger = run(inputs, execution), run(changes.scaled(inputs, exponent), execution)
     normal = plain.out.abs() >= torch.finfo(inputs.dtype).tiny
     assert torch.equal((plain.out * 2**exponent)[normal], larger.out[normal])
     assert torch.equal(plain.lse, larger.lse)
@@ -114,9 +114,9 @@ def test_heads_may_stand_in_any_order(execution, data):
     count = inputs.q.shape[1]
     heads = data.draw(st.lists(st.integers(0, count - 1), min_size=count, max_size=count))
     reproduction(inputs, f"of_heads(inputs, {heads})", execution)
-    got, expected = run(prefills.of_heads(inputs, heads), execution), run(inputs, execution)
+    got, expected = run(changes.of_heads(inputs, heads), execution), run(inputs, execution)
     truth = AttentionState(expected.out[:, heads], expected.lse[:, heads])
-    bounds.assert_same_bits(got, truth)
+    assert_same_bits(got, truth)
 
 
 # -- within the budget
@@ -129,7 +129,7 @@ def test_heads_do_not_know_of_each_other(execution, data):
     count = inputs.q.shape[1]
     heads = data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=count, unique=True))
     reproduction(inputs, f"of_heads(inputs, {heads})", execution)
-    some, exact = prefills.of_heads(inputs, heads), prefill_budget(inputs).exact
+    some, exact = changes.of_heads(inputs, heads), prefill_budget(inputs).exact
     truth = AttentionState(exact.out[:, heads], exact.lse[:, heads])
     bounds.assert_is(run(some, execution), truth, some)
 
@@ -138,11 +138,11 @@ def test_heads_do_not_know_of_each_other(execution, data):
 @given(st.data())
 def test_queries_in_chunks_are_the_whole(execution, data):
     inputs = data.draw(problems(execution, batch=2))
-    longest = max(map(len, spans(inputs.cu_seqlens_q)))
+    longest = max(map(len, changes.spans(inputs.cu_seqlens_q)))
     size = data.draw(st.integers(-(-longest // 4), longest))
     reproduction(inputs, f"query_chunks(inputs, {size})", execution)
     whole = inputs.output_buffers()
-    for rows, chunk in prefills.query_chunks(inputs, size):
+    for rows, chunk in changes.query_chunks(inputs, size):
         whole["out"][rows], whole["lse"][rows] = run(chunk, execution)
     assert_within_budget(AttentionState(**whole), inputs)
 
@@ -154,7 +154,7 @@ def test_any_partition_of_the_keys_merges_to_the_whole(execution, data):
     inputs = data.draw(problems(execution, causal=(False,)))
     parts, seed = data.draw(st.integers(2, 4)), data.draw(st.integers(0, 2**16))
     reproduction(inputs, f"merge(partitioned(inputs, {parts}, {seed}))", execution)
-    pieces = prefills.partitioned(inputs, parts, seed)
+    pieces = changes.partitioned(inputs, parts, seed)
     states = [run(piece, execution) for piece in pieces]
     bounds.assert_merges_to(merge(states, execution), inputs, pieces, states)
 
@@ -165,18 +165,18 @@ def test_causal_chunks_of_keys_merge_to_the_whole(execution, data):
     """As prompts are prefilled: what came before in parts, without a mask, then the queries' own
     keys with one."""
     inputs = data.draw(problems(execution, causal=(True,), at_least=1))
-    queries, keys = spans(inputs.cu_seqlens_q), spans(inputs.cu_seqlens_k)
+    queries, keys = changes.spans(inputs.cu_seqlens_q), changes.spans(inputs.cu_seqlens_k)
     # Queries that see no key of their own have no place in a prompt.
     asking = [q[max(0, len(q) - len(k)) :] for q, k in zip(queries, keys, strict=True)]
-    inputs = prefills.with_rows(inputs, asking)
+    inputs = changes.with_rows(inputs, asking)
     parts = data.draw(st.integers(1, 3))
     reproduction(inputs, f"its queries' own keys and {parts} chunks before", execution)
     before = [k[: len(k) - len(q)] for q, k in zip(asking, keys, strict=True)]
     own = [k[len(k) - len(q) :] for q, k in zip(asking, keys, strict=True)]
-    pieces = [prefills.with_rows(inputs, keys=own)]
+    pieces = [changes.with_rows(inputs, keys=own)]
     for n in range(parts):
         chunk = [k[len(k) * n // parts : len(k) * (n + 1) // parts] for k in before]
-        pieces.append(replace(prefills.with_rows(inputs, keys=chunk), causal=False))
+        pieces.append(replace(changes.with_rows(inputs, keys=chunk), causal=False))
     states = [run(piece, execution) for piece in pieces]
     bounds.assert_merges_to(merge(states, execution), inputs, pieces, states)
 
@@ -186,8 +186,8 @@ def test_causal_chunks_of_keys_merge_to_the_whole(execution, data):
 def test_causal_is_truncated_keys(execution, data):
     inputs = data.draw(problems(execution, causal=(True,), batch=1))
     reproduction(inputs, "truncated(inputs)", execution)
-    assert_within_budget(run(prefills.truncated(inputs), execution), inputs)
-    single = prefills.truncated(inputs)
+    assert_within_budget(run(changes.truncated(inputs), execution), inputs)
+    single = changes.truncated(inputs)
     assert_within_budget(run(inputs, execution), single)
 
 
@@ -195,10 +195,10 @@ def test_causal_is_truncated_keys(execution, data):
 @given(st.data())
 def test_sequences_without_rows_are_neutral(execution, data):
     inputs = data.draw(problems(execution))
-    count = len(spans(inputs.cu_seqlens_q))
+    count = len(changes.spans(inputs.cu_seqlens_q))
     places = data.draw(st.lists(st.integers(0, count), min_size=1, max_size=3))
     reproduction(inputs, f"joined_by_empty(inputs, {places})", execution)
-    assert_within_budget(run(prefills.joined_by_empty(inputs, places), execution), inputs)
+    assert_within_budget(run(changes.joined_by_empty(inputs, places), execution), inputs)
 
 
 @examples()
@@ -207,7 +207,7 @@ def test_keys_that_are_there_twice(execution, data):
     """The same out, and an lse that is log 2 more."""
     inputs = data.draw(problems(execution, causal=(False,)))
     reproduction(inputs, "doubled(inputs)", execution)
-    twice, exact = prefills.doubled(inputs), prefill_budget(inputs).exact
+    twice, exact = changes.doubled(inputs), prefill_budget(inputs).exact
     bounds.assert_is(run(twice, execution), exact._replace(lse=exact.lse + log(2)), twice)
 
 
@@ -220,7 +220,7 @@ def test_a_shift_of_all_logits(execution, data):
     most = min(256, int(LARGE_LOGIT / inputs.softmax_scale))
     by = float(data.draw(st.integers(-most, most)))
     reproduction(inputs, f"shifted(inputs, {by})", execution)
-    moved, exact = prefills.shifted(inputs, by), prefill_budget(prefills.shifted(inputs, 0.0)).exact
+    moved, exact = changes.shifted(inputs, by), prefill_budget(changes.shifted(inputs, 0.0)).exact
     truth = exact._replace(lse=exact.lse + by * inputs.softmax_scale)
     bounds.assert_is(run(moved, execution), truth, moved)
 
@@ -241,7 +241,7 @@ def test_expanded_latents(execution, data):
     k, v = inputs.k.clone(), inputs.v.clone()
     k[:end, :, :nope] = torch.einsum("nl,hdl->nhd", latents.double(), w_uk).to(k.dtype)
     v[:end] = torch.einsum("nl,hvl->nhv", latents.double(), w_uv).to(v.dtype)
-    expanded = replace(inputs, k=prefills.like(inputs.k, k), v=prefills.like(inputs.v, v))
+    expanded = replace(inputs, k=changes.like(inputs.k, k), v=changes.like(inputs.v, v))
     state = run(expanded, execution)
     q_rope = inputs.q[..., nope:] if inputs.q_rope is None else inputs.q_rope
     k_rope = inputs.k[:, 0, nope:] if inputs.k_rope is None else inputs.k_rope
@@ -251,7 +251,9 @@ def test_expanded_latents(execution, data):
             latents[own.start : own.stop], k_rope[own.start : own.stop], w_uk, w_uv,
             softmax_scale=inputs.softmax_scale, causal=inputs.causal,
         )
-        for q, own in zip(spans(inputs.cu_seqlens_q), spans(inputs.cu_seqlens_k), strict=True)
+        for q, own in zip(
+            changes.spans(inputs.cu_seqlens_q), changes.spans(inputs.cu_seqlens_k), strict=True
+        )
     ]  # fmt: skip
     truth = AttentionState(*(torch.cat(tensors) for tensors in zip(*made, strict=True)))
     bounds.assert_is(state, truth, expanded)

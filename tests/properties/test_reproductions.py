@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import decodes
 import torch
-from decodes import decode_inputs
 from executions import DEVICE, Execution, reproduction
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from ways import Way
+
+from mla_triton.testing import decode_changes as changes
+from mla_triton.testing import decode_inputs
 
 EXECUTION = Execution(Way("portable"))
 SETTINGS = settings(
@@ -41,5 +43,5 @@ def test_the_line_is_python_up_to_what_computed_it(capsys):
     again = names["inputs"].to(DEVICE)
     assert repr(again) == repr(seen[-1])
     assert torch.equal(again.q_nope, seen[-1].q_nope)
-    eval(change, vars(decodes) | {"inputs": again})
+    eval(change, vars(changes) | {"inputs": again})
     assert by == "by portable"
