@@ -152,6 +152,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
     queries = "ragged, about" if problem["s_q"] is None else "s_q"
     s_q = problem["s_q"] or -(-problem["queries"] // problem["batch"])
     mask = ", causal" if problem["causal"] else ""
+    mask += ", batch-invariant" if problem["fixed_pieces"] else ""
     text = [
         f"problem   {problem['heads']} heads, latent {problem['latent']} + rope {problem['rope']}, "
         f"value {problem['value_dim']}, {problem['dtype']}",
@@ -191,6 +192,7 @@ def prefill_lines(facts: dict[str, Any]) -> list[str]:
     problem = facts["problem"]
     shared = problem["qk_dim"] - problem["k_nope"]
     mask = ", causal" if problem["causal"] else ""
+    mask += ", batch-invariant" if problem["batch_invariant"] else ""
     text = [
         f"problem   prefill, {problem['heads']} heads, qk {problem['qk_dim']} ({shared} of a key "
         f"shared), value {problem['value_dim']}, {problem['dtype']}",

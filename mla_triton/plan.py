@@ -14,7 +14,13 @@ Two ways of cutting, chosen by the lengths alone:
 * packed: parts of equal cost (tiles, plus a constant for each group begun), wherever that falls. A
   cut close to the end of a group moves to that end.
 
-Both are closed forms over prefix sums, so that a GPU computes every part and every group on its own
+A third one depends on nothing but a request's own length, so that its sums are added in the same
+order whatever else is in the batch (batch-invariant):
+
+* fixed: every group is cut into pieces of `fixed_piece` keys, each piece a part of its own. There
+  are as many parts as the longest keys could need, most of them empty where keys are short.
+
+All are closed forms over prefix sums, so that a GPU computes every part and every group on its own
 without a serial loop (`mla_triton.kernels.common.schedule`). Nothing here imports torch or Triton.
 """
 
@@ -23,6 +29,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import isqrt
 from typing import Protocol
 
 TOLERANCE_PERCENT = 115
@@ -33,6 +40,13 @@ because every piece adds to the merge."""
 SPLIT_STEPS = 64
 SNAP_LIMIT = 8
 MAX_RAGGED_LANES = 64
+FIXED_UNIT = 128
+"""Keys by which fixed pieces grow: the longest step of any kernel, so that all of a piece's steps
+but its last are whole ones, wherever pages end."""
+FIXED_LEAST = 8
+"""Units of a fixed piece at least: 1024 keys."""
+MAX_PARTS = 65535
+"""Parts are the second dimension of a launch, which CUDA bounds there."""
 ENOUGH_PARTS = 4
 """With fewer parts than this in one wave of programs, several waves balance better than one."""
 
@@ -53,6 +67,8 @@ class Geometry:
     """Cost of beginning a group, in tiles."""
     max_groups: int
     """Upper bound of the number of groups, known without reading lengths."""
+    fixed: bool = False
+    """Whether a request is cut by its own length alone."""
 
     @property
     def group_rows(self) -> int:
@@ -84,6 +100,10 @@ class Batch(Protocol):
     @property
     def ragged(self) -> bool: ...
 
+    @property
+    def fixed_pieces(self) -> int:
+        """Pieces of a request at most, where these are fixed; else 0."""
+
 
 def fitted(
     problem: Batch,
@@ -93,17 +113,28 @@ def fitted(
     overhead: int,
     parts: int | None = None,
 ) -> Geometry:
-    """The geometry that fills `slots` programs, all resident at once; or that has so many parts."""
+    """The geometry that fills `slots` programs, all resident at once; or that has so many parts.
+
+    Raises ValueError where fixed pieces are more than a grid has room for.
+    """
     lanes = max(1, cdiv(problem.rows, row_tile))
     max_groups = problem.batch
     if problem.ragged:
         lanes = min(lanes, MAX_RAGGED_LANES)
         max_groups += problem.queries * problem.heads // (lanes * row_tile)
-    if parts is None:
+    fixed = problem.fixed_pieces > 0
+    if parts is None and fixed:
+        parts = max(1, max_groups * problem.fixed_pieces)
+        if parts > MAX_PARTS:
+            raise ValueError(
+                f"max_kv_len must leave at most {MAX_PARTS} pieces where batch_invariant is set, "
+                f"got {max_groups} groups of up to {problem.fixed_pieces}"
+            )
+    elif parts is None:
         parts = slots // lanes
         if parts < ENOUGH_PARTS:
             parts = max(1, ENOUGH_PARTS * slots // lanes)
-    return Geometry(kv_tile, row_tile, lanes, parts, overhead, max_groups)
+    return Geometry(kv_tile, row_tile, lanes, parts, overhead, max_groups, fixed)
 
 
 @dataclass(frozen=True)
@@ -147,6 +178,26 @@ def shortest_piece(longest: int) -> int:
     return 1 + sum(SPLIT_BALANCE * t * t < longest for t in range(1, SPLIT_STEPS))
 
 
+def fixed_piece(tiles: int, kv_tile: int) -> int:
+    """Tiles of a fixed piece of a request of so many tiles.
+
+    u units are cut into pieces of sqrt(2 u): 1024 keys of up to 4096, 2048 of 16384, 16384 of a
+    million. Pieces of a longer request are longer, for each costs memory for its result.
+    """
+    units = cdiv(tiles, FIXED_UNIT // kv_tile)
+    return max(FIXED_LEAST, isqrt(max(0, 2 * units - 1)) + 1) * (FIXED_UNIT // kv_tile)
+
+
+def fixed_pieces(max_keys: int) -> int:
+    """Pieces at most of a request of up to so many keys; at least 1."""
+    units = cdiv(max_keys, FIXED_UNIT)
+    if units <= FIXED_LEAST * FIXED_LEAST // 2:
+        return max(1, cdiv(units, FIXED_LEAST))
+    # The longest of each length of pieces has the most of them: (p * p / 2) / p.
+    piece = isqrt(2 * units - 1) + 1
+    return cdiv(piece, 2)
+
+
 def schedule(
     kv_lens: Sequence[int], q_lens: Sequence[int], heads: int, geometry: Geometry
 ) -> Schedule:
@@ -169,7 +220,10 @@ def schedule(
     piece = [even_up(p) for p in exact_piece]
     splits = [max(1, cdiv(t, p)) for t, p in zip(tiles, piece, strict=True)]
     limit = max(target + 1, target * TOLERANCE_PERCENT // 100)
-    even = (
+    if geometry.fixed:
+        piece = [fixed_piece(t, geometry.kv_tile) for t in tiles]
+        splits = [max(1, cdiv(t, p)) for t, p in zip(tiles, piece, strict=True)]
+    even = geometry.fixed or (
         max((exact_piece[b] for b in busy), default=0) <= limit
         and sum(groups[b] * splits[b] for b in busy) <= parts
     )

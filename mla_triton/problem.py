@@ -25,6 +25,10 @@ class RowSteps(NamedTuple):
 
 
 UNEVEN = RowSteps()
+ANY_BATCH = 128
+"""Requests of the batch that stands for any."""
+ANY_ROWS = 64
+"""Rows that ragged requests of any batch have: those of the largest tile."""
 USUAL_PAGE = 64
 """Slots of a page of the cache that a plan, which knows none, is made for."""
 
@@ -86,6 +90,9 @@ class DecodeProblem:
     page_slots: int = 0
     """Token slots from the begin of one page to that of the next, where all pages are one row of
     slots, and the same one for latents, rotary keys and their tokens' scales; else 0."""
+    fixed_pieces: int = 0
+    """Pieces that the keys of a request are cut into at most where its result must not depend on
+    what else is in the batch; 0 where it may."""
     max_kv_len: int = field(default=2**31 - 1, compare=False)
     num_pages: int = field(default=2**31 - 1, compare=False)
 
@@ -104,6 +111,16 @@ class DecodeProblem:
             row_steps=UNEVEN,
             storage=None,
             page_slots=USUAL_PAGE,
+        )
+
+    def in_any_batch(self) -> DecodeProblem:
+        """What tiles and configs may depend on: the problem itself, or, where its result must not
+        depend on the batch, one that stands for all batches and page sizes."""
+        if not self.fixed_pieces:
+            return self
+        s_q = self.s_q or -(-ANY_ROWS // self.heads)
+        return replace(
+            self, batch=ANY_BATCH, queries=ANY_BATCH * s_q, page_size=1, csr=False, page_slots=0
         )
 
     @property
@@ -210,6 +227,9 @@ class PrefillProblem:
     causal: bool
     usual_queries: int
     """Query tokens of an average sequence, up to the next power of two; at most `LARGEST_TILE`."""
+    batch_invariant: bool = False
+    """Whether the result of a sequence must not depend on the others: tiles are then those of long
+    sequences."""
     negative_scale: bool = False
     """Whether the largest logit is the smallest product."""
     aligned: bool = True

@@ -17,14 +17,13 @@ import torch
 
 from mla_triton.cache import CSRPageTable, LatentCache
 from mla_triton.cache.formats import E4M3
+from mla_triton.plan import fixed_pieces
 from mla_triton.problem import DecodeProblem, RowSteps, Storage
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INT32_MAX = 2**31 - 1
 MAX_SCALE = torch.finfo(torch.float32).max / math.log2(math.e)
 """The kernels take exponentials to base 2, so the factor of logits is multiplied by log2(e)."""
-MAX_PARTS = 65535
-"""Parts are the second dimension of a launch, which CUDA bounds there."""
 ALIGNMENT = 16
 """What an address is a multiple of, in bytes, and a stride, in elements, where both are aligned."""
 MAX_ROW_STEP = 2**24
@@ -166,6 +165,7 @@ class DecodeCall(NamedTuple):
     value_dim: int | None
     max_kv_len: int | None
     allow_tf32: bool
+    batch_invariant: bool
     aligned: bool
     """Whether what the kernels read in wide loads begins at multiples of 16 bytes."""
 
@@ -191,6 +191,7 @@ def decode(
     value_dim: int | None,
     max_kv_len: int | None,
     allow_tf32: bool,
+    batch_invariant: bool = False,
     has_memory: bool = True,
 ) -> DecodeProblem:
     """Checks one call of decode, as `mla_triton.decode` has unpacked it.
@@ -228,6 +229,7 @@ def decode(
         value_dim,
         max_kv_len,
         allow_tf32,
+        batch_invariant,
         address % ALIGNMENT == 0,
     )
     return known_problem(call) if has_memory else decode_problem(call)
@@ -281,6 +283,7 @@ def decode_problem(call: DecodeCall) -> DecodeProblem:
             entries = f"{capacity // page_size} entries ({capacity} keys)"
             fail(ValueError, table_name, rule, entries)
         capacity = call.max_kv_len
+    capacity = INT32_MAX if exceeds_int32(capacity) else capacity
     check_results(out, lse, (*lead, heads), value)
     for name, tensor in values.items():
         if tensor is not None and not tensor.last_is_contiguous:
@@ -312,7 +315,8 @@ def decode_problem(call: DecodeCall) -> DecodeProblem:
         ),
         storage=storage,
         page_slots=_page_slots(ckv, kpe, scales if storage is not None and storage.group else None),
-        max_kv_len=INT32_MAX if exceeds_int32(capacity) else capacity,
+        fixed_pieces=fixed_pieces(capacity) if call.batch_invariant else 0,
+        max_kv_len=capacity,
         num_pages=INT32_MAX if exceeds_int32(num_pages) else num_pages,
     )
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
+from mla_triton.plan import MAX_PARTS, fixed_pieces
 from mla_triton.problem import USUAL_PAGE, DecodeProblem
 from mla_triton.validate import (
     DTYPES,
     INT32_MAX,
-    MAX_PARTS,
     Layout,
+    check_flag,
     check_impl,
     check_least,
     check_lengths,
@@ -38,12 +39,14 @@ def plan(
     value_dim: int | None,
     max_kv_len: int | None,
     parts: int | None,
+    batch_invariant: bool,
     impl: str | None,
 ) -> DecodeProblem:
     """Checks one call of plan. Page size, strides and causality, which a plan leaves open, are
     those of an ordinary call."""
     plan_lengths(kv_lens, cu_seqlens_q)
     check_impl(impl)
+    check_flag("batch_invariant", batch_invariant)
     if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
         fail(TypeError, "dtype", "be float16, bfloat16 or float32", dtype)
     heads, latent, rope, s_q = (
@@ -66,6 +69,10 @@ def plan(
     )
     if parts is not None and parts > MAX_PARTS:
         fail(ValueError, "parts", f"be at most {MAX_PARTS}", parts)
+    if batch_invariant and parts is not None:
+        fail(ValueError, "parts", "be left out where batch_invariant is set", parts)
+    if batch_invariant and max_kv_len is None:
+        fail(ValueError, "max_kv_len", "be given where batch_invariant is set", None)
     if (queries is None) != (cu_seqlens_q is None):
         fail(ValueError, "queries", "be given if, and only if, cu_seqlens_q is", queries)
     if cu_seqlens_q is not None and s_q != 1:
@@ -75,6 +82,7 @@ def plan(
     if queries is None:
         queries = batch * s_q
     check_rows("heads", queries, heads)
+    bound = INT32_MAX if max_kv_len is None else min(max_kv_len, INT32_MAX)
     return DecodeProblem(
         dtype=dtype,
         batch=batch,
@@ -91,7 +99,8 @@ def plan(
         ckv_stride_slot=latent + rope,
         kpe_stride_slot=0,
         page_slots=USUAL_PAGE,
-        max_kv_len=INT32_MAX if max_kv_len is None else min(max_kv_len, INT32_MAX),
+        fixed_pieces=fixed_pieces(bound) if batch_invariant else 0,
+        max_kv_len=bound,
     )
 
 

@@ -49,6 +49,7 @@ class PrefillCall(NamedTuple):
     causal: bool
     negative_scale: bool
     max_seqlen_q: int | None
+    batch_invariant: bool
     aligned: bool
     """Whether what the kernels read in wide loads begins at multiples of 16 bytes."""
 
@@ -67,6 +68,7 @@ def prefill(
     softmax_scale: float,
     causal: bool,
     max_seqlen_q: int | None,
+    batch_invariant: bool = False,
     has_memory: bool = True,
 ) -> PrefillProblem:
     """Checks one call of prefill.
@@ -97,6 +99,7 @@ def prefill(
         # Of a symbolic scale it is not asked: a compiler's calls are checked, not computed.
         has_memory and softmax_scale < 0,
         max_seqlen_q,
+        batch_invariant,
         address % ALIGNMENT == 0,
     )
     return known_problem(call) if has_memory else prefill_problem(call)
@@ -136,6 +139,7 @@ def prefill_problem(call: PrefillCall) -> PrefillProblem:
 
     # Of sizes that are symbolic nothing is asked: the answer would become a condition of the code.
     symbolic = any(isinstance(size, torch.SymInt) for size in (queries, batch))
+    is_any = symbolic or call.batch_invariant
     return PrefillProblem(
         dtype=q.dtype,
         heads=heads,
@@ -145,7 +149,8 @@ def prefill_problem(call: PrefillCall) -> PrefillProblem:
         q_nope=q_nope,
         k_nope=k_nope,
         causal=call.causal,
-        usual_queries=LARGEST_TILE if symbolic else usual_queries(queries, batch),
+        usual_queries=LARGEST_TILE if is_any else usual_queries(queries, batch),
+        batch_invariant=call.batch_invariant,
         negative_scale=call.negative_scale,
         aligned=call.aligned and all(rows_aligned(t) for t in values.values() if t is not None),
         distinct=all(_rows_distinct(t) for t in values.values() if t is not None),

@@ -160,6 +160,8 @@ DECODE_TYPES = [
         "impl must be a str or None, got int"),
     Rejection("causal is no bool", decode(causal=1), TypeError,
         "causal must be True or False, got int"),
+    Rejection("batch_invariant is no bool", decode(batch_invariant=1), TypeError,
+        "batch_invariant must be True or False, got int"),
     Rejection("allow_tf32 is no bool", decode(allow_tf32=None), TypeError,
         "allow_tf32 must be True or False, got NoneType"),
     Rejection("value_dim is no integer", decode(value_dim=128.0), TypeError,
@@ -436,6 +438,13 @@ PLAN = [
     ),
     Rejection("plan: more parts than a launch takes", plan(parts=65536), ValueError,
         "parts must be at most 65535, got 65536"),
+    Rejection("plan: parts of a batch-invariant one",
+        plan(parts=2, batch_invariant=True, max_kv_len=9), ValueError,
+        "parts must be left out where batch_invariant is set, got 2"),
+    Rejection("plan: batch-invariant without a bound", plan(batch_invariant=True), ValueError,
+        "max_kv_len must be given where batch_invariant is set, got None"),
+    Rejection("plan: batch_invariant is no bool", plan(batch_invariant=1), TypeError,
+        "batch_invariant must be True or False, got int"),
     *(
         Rejection(f"plan: {name} is no integer", plan(**{name: value}), TypeError,
             f"{name} must be an integer, got {type(value).__name__}")

@@ -154,7 +154,7 @@ def test_a_problem_as_planned_is_what_a_plan_is_made_for(recipe):
         inputs.kv_lens, inputs.cu_seqlens_q, heads=q_nope.shape[-2], latent=q_nope.shape[-1],
         rope=0 if q_rope is None else q_rope.shape[-1], dtype=q_nope.dtype,
         s_q=1 if ragged else q_nope.shape[1], queries=q_nope.shape[0] if ragged else None,
-        value_dim=inputs.value_dim, max_kv_len=None, parts=None, impl=None,
+        value_dim=inputs.value_dim, max_kv_len=None, parts=None, batch_invariant=False, impl=None,
     )  # fmt: skip
     assert problem.as_planned() == planned
     assert planned.as_planned() == planned

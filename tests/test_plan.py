@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import pytest
@@ -13,6 +15,8 @@ from mla_triton import device as devices
 from mla_triton.kernels.common import schedule as device_schedule
 from mla_triton.kernels.common.launch import Launcher
 from mla_triton.plan import (
+    FIXED_LEAST,
+    FIXED_UNIT,
     SNAP_LIMIT,
     SPLIT_STEPS,
     TOLERANCE_PERCENT,
@@ -21,8 +25,12 @@ from mla_triton.plan import (
     Part,
     Schedule,
     cdiv,
+    fitted,
+    fixed_piece,
+    fixed_pieces,
     schedule,
 )
+from mla_triton.testing import compilation
 
 CARD = devices.INTERPRETER
 
@@ -31,9 +39,9 @@ requests = st.lists(st.tuples(lengths, st.integers(0, 5)), min_size=1, max_size=
 
 
 def geometry(
-    parts: int, *, lanes: int = 1, overhead: int = 4, max_groups: int = 10_000
+    parts: int, *, lanes: int = 1, overhead: int = 4, max_groups: int = 10_000, fixed: bool = False
 ) -> Geometry:
-    return Geometry(32, 16, lanes, parts, overhead, max_groups)
+    return Geometry(32, 16, lanes, parts, overhead, max_groups, fixed)
 
 
 def pieces(made: Schedule, tiles: list[int]) -> dict[int, list[tuple[int, int, int]]]:
@@ -59,10 +67,14 @@ def tiles_of(kv_lens: list[int], shape: Geometry) -> list[int]:
     st.integers(1, 300),
     st.integers(1, 8),
     st.sampled_from([1, 2, 4]),
+    st.booleans(),
 )
-def test_every_tile_of_every_group_once_in_order(batch, heads, parts, overhead, lanes):
+def test_every_tile_of_every_group_once_in_order(batch, heads, parts, overhead, lanes, fixed):
     kv_lens, q_lens = [keys for keys, _ in batch], [queries for _, queries in batch]
-    shape = geometry(parts, lanes=lanes, overhead=overhead)
+    shape = geometry(parts, lanes=lanes, overhead=overhead, fixed=fixed)
+    if fixed:
+        parts = parts_for(kv_lens, q_lens, heads, shape)
+        shape = replace(shape, parts=parts)
     made = schedule(kv_lens, q_lens, heads, shape)
     tiles = tiles_of(kv_lens, shape)
 
@@ -105,6 +117,57 @@ def test_two_partial_slots_a_part_are_enough(batch, parts, overhead):
         for part, begin, _ in mine
     ]
     assert len(slots) == len(set(slots))
+
+
+def parts_for(kv_lens: list[int], q_lens: list[int], heads: int, shape: Geometry) -> int:
+    """As many as are enough for fixed pieces, whatever the lengths are."""
+    groups = sum(cdiv(queries * heads, shape.group_rows) for queries in q_lens)
+    return max(1, groups * fixed_pieces(max(0, *kv_lens, 0)))
+
+
+@settings(max_examples=300)
+@given(st.lists(lengths, min_size=1, max_size=10), st.sampled_from([32, 64, 128]))
+def test_fixed_pieces_depend_on_a_request_alone(kv_lens, kv_tile):
+    """Whatever else is in the batch, and whichever tiles lengths are counted in."""
+    shape = replace(geometry(1, fixed=True), kv_tile=kv_tile)
+
+    def cuts(lens: list[int]) -> list[list[int]]:
+        """The keys at which each request's pieces begin."""
+        ones = [1] * len(lens)
+        made = schedule(lens, ones, 16, replace(shape, parts=parts_for(lens, ones, 16, shape)))
+        found = pieces(made, tiles_of(lens, shape)).values()
+        return [[begin * kv_tile for _, begin, _ in mine] for mine in found]
+
+    for length, cut in zip(kv_lens, cuts(kv_lens), strict=True):
+        (alone,) = cuts([length])
+        assert cut == alone
+        assert all(begin % FIXED_UNIT == 0 for begin in cut)
+        distances = {end - begin for begin, end in pairwise(cut)}
+        assert len(distances) <= 1
+        assert all(distance >= FIXED_LEAST * FIXED_UNIT for distance in distances)
+
+
+@settings(max_examples=1000)
+@given(st.integers(1, 2**31 - 1), st.sampled_from([32, 64, 128]))
+@example(4097, 32)
+@example(2**31 - 1, 32)
+def test_no_shorter_request_has_more_fixed_pieces(keys, kv_tile):
+    tiles = cdiv(keys, kv_tile)
+    count = cdiv(tiles, fixed_piece(tiles, kv_tile))
+    assert count <= fixed_pieces(keys) <= fixed_pieces(keys + 1)
+    if keys >= 4096:
+        assert fixed_pieces(keys) <= 2 * (keys / FIXED_UNIT) ** 0.5
+
+
+def test_more_fixed_pieces_than_a_grid_has_room_for_are_refused():
+    one = replace(compilation.problem(), batch=1000, queries=1000)
+    fitted(replace(one, fixed_pieces=65), 64, 16, 132, 4)
+    message = (
+        "max_kv_len must leave at most 65535 pieces where batch_invariant is set, "
+        "got 1000 groups of up to 66"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fitted(replace(one, fixed_pieces=66), 64, 16, 132, 4)
 
 
 def cost(part: Part, made: Schedule, tiles: list[int], overhead: int) -> int:
@@ -169,7 +232,9 @@ def run_device_schedule(
     cu_seqlens_q = torch.tensor(bounds, dtype=torch.int32) if ragged else None
     result = torch.full((device_schedule.result_size(shape),), -7, dtype=torch.int32)
     device_schedule.launch(
-        Launcher(device_schedule.variant(batch, ragged, shape.kv_tile, CARD), CARD, None),
+        Launcher(
+            device_schedule.variant(batch, ragged, shape.kv_tile, CARD, shape.fixed), CARD, None
+        ),
         shape,
         batch,
         0 if ragged else s_q,
@@ -195,16 +260,19 @@ def run_device_schedule(
     st.integers(1, 20),
     st.integers(1, 24),
     st.integers(1, 6),
+    st.booleans(),
 )
-@example([(200_000, 1), (0, 1), (-5, 1)], False, 16, 24, 4)
-@example([(1000, 5), (0, 0), (70_000, 2)], True, 20, 9, 4)
-def test_device_twin_gives_the_same_schedule(batch, ragged, heads, parts, overhead):
+@example([(200_000, 1), (0, 1), (-5, 1)], False, 16, 24, 4, False)
+@example([(1000, 5), (0, 0), (70_000, 2)], True, 20, 9, 4, False)
+@example([(1000, 5), (0, 0), (70_000, 2)], True, 20, 130, 4, True)
+@example([(2**31 - 1, 1), (2**20, 1), (4097, 1), (1024, 1)], False, 16, 24, 4, True)
+def test_device_twin_gives_the_same_schedule(batch, ragged, heads, parts, overhead, fixed):
     kv_lens = [keys for keys, _ in batch]
     q_lens = [queries for _, queries in batch] if ragged else None
     lanes = 1 if ragged else cdiv(heads, 16)
     queries = sum(q_lens) if q_lens is not None else len(batch)
     max_groups = len(batch) + queries * heads // (16 * lanes)
-    shape = geometry(parts, lanes=lanes, overhead=overhead, max_groups=max_groups)
+    shape = geometry(parts, lanes=lanes, overhead=overhead, max_groups=max_groups, fixed=fixed)
     expected = schedule(kv_lens, q_lens or [1] * len(batch), heads, shape)
     assert run_device_schedule(kv_lens, q_lens, heads, shape) == expected
 

@@ -111,6 +111,7 @@ def call(deployment: Deployment, draw: random.Random) -> DecodeProblem:
         value_dim=deployment.value_dim,
         max_kv_len=bound,
         allow_tf32=False,
+        batch_invariant=deployment.batch_invariant,
         has_memory=False,
     )
 
@@ -123,8 +124,8 @@ def kernels_of(problem: DecodeProblem, device: Device) -> Iterator[Variant]:
         implementation = select.decode(problem, device, None, like).module
         ready = operation.prepare(implementation, problem, device, None, like, length)
         assert like in (None, ready.geometry)
-        tile = ready.geometry.kv_tile
-        yield schedule_launcher(problem.batch, problem.ragged, tile, device, None).variant
+        tile, fixed = ready.geometry.kv_tile, ready.geometry.fixed
+        yield schedule_launcher(problem.batch, problem.ragged, tile, device, None, fixed).variant
         yield ready.kernel.variant
         if ready.geometry.parts > 1:
             yield ready.combine.variant

@@ -20,7 +20,9 @@ from mla_triton.cli.options import Commands, add_command, natural, positive, sho
 from mla_triton.device import Device
 from mla_triton.explain import CacheProblem, device_facts, device_line
 from mla_triton.models import Model
+from mla_triton.plan import fixed_pieces
 from mla_triton.problem import (
+    LARGEST_TILE,
     DecodeProblem,
     MergeProblem,
     PrefillProblem,
@@ -66,6 +68,7 @@ def _add_shape(command: argparse.ArgumentParser) -> None:
     add("--csr", action="store_true", help="page table in CSR form")
     add("--ragged", action="store_true", help="query tokens by cu_seqlens_q, --s-q on average")
     add("--no-causal", action="store_true")
+    add("--batch-invariant", action="store_true", help="a result that no other request changes")
     add(
         "--prefill", action="store_true",
         help="instead, a prefill of --batch sequences, --s-q queries and --kv-len keys each",
@@ -151,7 +154,10 @@ def _prefill(arguments: argparse.Namespace) -> PrefillProblem:
         q_nope=width,
         k_nope=width - rope,
         causal=not arguments.no_causal,
-        usual_queries=usual_queries(queries, arguments.batch),
+        usual_queries=(
+            LARGEST_TILE if arguments.batch_invariant else usual_queries(queries, arguments.batch)
+        ),
+        batch_invariant=arguments.batch_invariant,
         batch=arguments.batch,
         queries=queries,
         keys=arguments.batch * arguments.kv_len,
@@ -192,6 +198,7 @@ def _decode(arguments: argparse.Namespace) -> DecodeProblem:
         kpe_stride_slot=0,
         page_slots=arguments.page_size,
         row_steps=RowSteps(latent + rope, latent + rope if rope else 0, value_dim, 1),
+        fixed_pieces=fixed_pieces(arguments.kv_len) if arguments.batch_invariant else 0,
         max_kv_len=max(1, arguments.kv_len),
     )
     return named.over(plain, arguments.cache_format)

@@ -35,6 +35,10 @@ def add_commands(commands: Commands) -> None:
     add("--queries", nargs="+", choices=QUERIES, default=QUERIES, help="how they lie in memory")
     add("--ragged", action="store_true", help="query tokens by cu_seqlens_q, up to --s-q a request")
     add(
+        "--batch-invariant", action="store_true",
+        help="calls with batch_invariant=True, which launch other kernels",
+    )  # fmt: skip
+    add(
         "--append", nargs="+", choices=APPENDS, default=APPENDS[:2],
         help="tokens into the cache: as they are, or with a norm and a rotation of such pairs",
     )  # fmt: skip
@@ -70,6 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
             table=arguments.table,
             queries=arguments.queries,
             ragged=arguments.ragged,
+            batch_invariant=arguments.batch_invariant,
             append=arguments.append,
         )
     except (ValueError, NotImplementedError, OSError) as error:

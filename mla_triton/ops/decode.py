@@ -46,6 +46,7 @@ def decode(
     value_dim: int | None = None,
     max_kv_len: int | None = None,
     allow_tf32: bool = False,
+    batch_invariant: bool = False,
     plan: Plan | None = None,
     impl: str | None = None,
     out: torch.Tensor | None = None,
@@ -74,6 +75,10 @@ def decode(
             the rotary part is inside the value (DeepSeek-V4).
         max_kv_len: upper bound of `kv_lens`, checked against the table's width.
         allow_tf32: whether float32 products may be rounded to tf32.
+        batch_invariant: whether each request's result, bit for bit, is to depend on nothing but its
+            own queries, keys and length: not on what else is in the batch, its order or padding,
+            nor on page size and places of pages. Keys are then cut by their own number, and configs
+            are the heuristic's. Of one card, version of this package and implementation.
         plan: a `Plan` of the same lengths, made by `mla_triton.plan`, to be shared by layers.
         impl: "sm90" (capability 9.0 alone), "portable" or "reference"; refused with a reason where
             it cannot run, never replaced. Without it the best one that can run and follow the plan.
@@ -102,6 +107,7 @@ def decode(
     softmax_scale = validate.number("softmax_scale", softmax_scale)
     validate.check_flag("causal", causal)
     validate.check_flag("allow_tf32", allow_tf32)
+    validate.check_flag("batch_invariant", batch_invariant)
     if value_dim is not None:
         value_dim = validate.integer("value_dim", value_dim)
     if max_kv_len is not None:
@@ -127,7 +133,9 @@ def decode(
         out, lse,
     )  # fmt: skip
     planned = None if plan is None else plan.key
-    options = (softmax_scale, causal, value_dim, max_kv_len, allow_tf32, planned, impl)
+    options = (
+        softmax_scale, causal, value_dim, max_kv_len, allow_tf32, planned, impl, batch_invariant,
+    )  # fmt: skip
     if not RECALLED.again(tensors, options):
         torch.ops.mla_triton.decode(*tensors, *options)
     return AttentionState(out, lse)
@@ -149,7 +157,8 @@ LIBRARY.define(
     "Tensor pages, Tensor? indptr, Tensor kv_lens, Tensor? cu_seqlens_q, Tensor? schedule, "
     "Tensor(a!)? partial_out, "
     "Tensor(b!)? partial_lse, Tensor(c!) out, Tensor(d!) lse, float softmax_scale, bool causal, "
-    "SymInt? value_dim, SymInt? max_kv_len, bool allow_tf32, SymInt[]? planned, str? impl) -> ()"
+    "SymInt? value_dim, SymInt? max_kv_len, bool allow_tf32, SymInt[]? planned, "
+    "str? impl, bool batch_invariant=False) -> ()"
 )
 
 
@@ -235,11 +244,12 @@ def _decode(
     allow_tf32: bool,
     planned: list[int] | None,
     impl: str | None,
+    batch_invariant: bool = False,
 ) -> None:
     problem = validate.decode(
         q_nope, q_rope, ckv, kpe, scales, pages, indptr, kv_lens, cu_seqlens_q, out, lse,
         softmax_scale=softmax_scale, causal=causal, value_dim=value_dim, max_kv_len=max_kv_len,
-        allow_tf32=allow_tf32,
+        allow_tf32=allow_tf32, batch_invariant=batch_invariant,
     )  # fmt: skip
     if schedule is not None:
         check_plan_device(schedule, q_nope)
@@ -281,7 +291,9 @@ def _decode(
         q_nope, q_rope, ckv, kpe, scales, pages, indptr, kv_lens, cu_seqlens_q,
         schedule, partial_out, partial_lse, out, lse,
     )  # fmt: skip
-    options = (softmax_scale, causal, value_dim, max_kv_len, allow_tf32, planned, impl)
+    options = (
+        softmax_scale, causal, value_dim, max_kv_len, allow_tf32, planned, impl, batch_invariant,
+    )  # fmt: skip
     length = configs.length_bucket(problem.max_kv_len)
     ready = prepare(chosen.module, problem, device, q_nope.device.index, like, length)
     make_own = None

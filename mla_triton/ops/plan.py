@@ -75,6 +75,7 @@ def plan(
     value_dim: int | None = None,
     max_kv_len: int | None = None,
     parts: int | None = None,
+    batch_invariant: bool = False,
     impl: str | None = None,
 ) -> Plan:
     """Makes the schedule of a batch on its device: no host synchronisation, capturable.
@@ -89,6 +90,8 @@ def plan(
         cu_seqlens_q: int32 `[batch + 1]` for ragged queries, with `queries`, their total number.
         max_kv_len: upper bound of `kv_lens`; longer ones are cut there.
         parts: parts to cut the batch into; by default what fills the GPU.
+        batch_invariant: as in `decode`, which then has to be told the same. `max_kv_len` has to be
+            given: the buffers have room for all pieces of that many keys of every request.
         impl: whose way of cutting, as in `decode`; by default that of the implementation which a
             cache with pages of 64 tokens would get. A `decode` without `impl` follows either.
 
@@ -99,7 +102,8 @@ def plan(
     """
     problem = validate_plan.plan(
         kv_lens, cu_seqlens_q, heads=heads, latent=latent, rope=rope, dtype=dtype, s_q=s_q,
-        queries=queries, value_dim=value_dim, max_kv_len=max_kv_len, parts=parts, impl=impl,
+        queries=queries, value_dim=value_dim, max_kv_len=max_kv_len, parts=parts,
+        batch_invariant=batch_invariant, impl=impl,
     )  # fmt: skip
     parts = None if parts is None else validate.integer("parts", parts)
     # A compiler looks through what is remembered, and warns of it.
@@ -139,7 +143,7 @@ def buffers(
 
 
 PROBLEM_KEY = ("batch", "s_q", "queries", "heads", "value_dim")
-GEOMETRY_KEY = ("parts", "kv_tile", "row_tile", "lanes", "overhead", "max_groups")
+GEOMETRY_KEY = ("parts", "kv_tile", "row_tile", "lanes", "overhead", "max_groups", "fixed")
 
 
 def plan_key(problem: DecodeProblem, geometry: Geometry | None) -> list[int]:
@@ -157,6 +161,7 @@ def plan_key(problem: DecodeProblem, geometry: Geometry | None) -> list[int]:
             geometry.lanes,
             geometry.overhead,
             geometry.max_groups,
+            int(geometry.fixed),
         ]
     return key
 
@@ -164,7 +169,12 @@ def plan_key(problem: DecodeProblem, geometry: Geometry | None) -> list[int]:
 def planned_geometry(planned: list[int]) -> Geometry | None:
     """The geometry of a plan, by its `Plan.key`; None where it was made for the reference."""
     numbers = planned[1 + len(PROBLEM_KEY) :]
-    return Geometry(**dict(zip(GEOMETRY_KEY, numbers, strict=True))) if numbers else None
+    return _geometry(numbers) if numbers else None
+
+
+def _geometry(numbers: list[int]) -> Geometry:
+    parts, kv_tile, row_tile, lanes, overhead, max_groups, fixed = numbers
+    return Geometry(kv_tile, row_tile, lanes, parts, overhead, max_groups, bool(fixed))
 
 
 def check_plan(planned: list[int], needed: list[int], implementation: str) -> None:
@@ -211,9 +221,14 @@ def launcher(variant: Variant, device: Device, index: int | None) -> Launcher:
 
 @lru_cache(maxsize=4096)
 def schedule_launcher(
-    batch: int, ragged: bool, kv_tile: int, device: Device, index: int | None
+    batch: int,
+    ragged: bool,
+    kv_tile: int,
+    device: Device,
+    index: int | None,
+    fixed: bool = False,
 ) -> Launcher:
-    return launcher(schedules.variant(batch, ragged, kv_tile, device), device, index)
+    return launcher(schedules.variant(batch, ragged, kv_tile, device, fixed), device, index)
 
 
 LIBRARY.define(
@@ -229,12 +244,12 @@ def make_schedule(
     recording: Recording | None = None,
 ) -> None:
     """Writes the schedule of the lengths that are on the device now; `key` as `Plan.key`."""
-    max_kv_len, batch, s_q, queries, heads, _, parts, kv_tile, row_tile, lanes, overhead, groups = (
-        key
-    )
-    geometry = Geometry(kv_tile, row_tile, lanes, parts, overhead, groups)
+    max_kv_len, batch, s_q, queries, heads, _, *numbers = key
+    geometry = _geometry(numbers)
     device = devices.of(kv_lens.device)
-    run = schedule_launcher(batch, s_q < 0, kv_tile, device, kv_lens.device.index)
+    run = schedule_launcher(
+        batch, s_q < 0, geometry.kv_tile, device, kv_lens.device.index, geometry.fixed
+    )
     schedules.launch(
         run if recording is None else recording.launching(run),
         geometry,

@@ -33,6 +33,7 @@ def prefill(
     q_rope: torch.Tensor | None = None,
     k_rope: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
+    batch_invariant: bool = False,
     impl: str | None = None,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
@@ -61,6 +62,10 @@ def prefill(
         max_seqlen_q: an upper bound of the sequences' query tokens, where the host knows one: it
             spares programs that find nothing to do. Of a longer sequence the rest of its rows are
             not written.
+        batch_invariant: whether each sequence's result, bit for bit, is to depend on nothing but
+            its own rows: not on what else is in the batch, nor on its order. Tiles are then those
+            of long sequences, and configs the heuristic's. Of one card, version of this package
+            and implementation.
         impl: "sm90", "portable" or "reference"; refused with a reason where it cannot run, never
             replaced. Without it the best one that can run.
         out, lse: buffers for the result, for CUDA graphs; `[q_tokens, heads, v_dim]` in q's dtype
@@ -90,6 +95,7 @@ def prefill(
     validate.check_flag("causal", causal)
     if max_seqlen_q is not None:
         max_seqlen_q = validate.integer("max_seqlen_q", max_seqlen_q)
+    validate.check_flag("batch_invariant", batch_invariant)
     validate.check_impl(impl)
     if out is None:
         out = q.new_empty(validate_prefill.out_shape(q, v))
@@ -100,7 +106,7 @@ def prefill(
     else:
         validate.check_tensor("lse", lse)
     tensors = (q, q_rope, k, k_rope, v, cu_seqlens_q, cu_seqlens_k, out, lse)
-    options = (softmax_scale, causal, max_seqlen_q, impl)
+    options = (softmax_scale, causal, max_seqlen_q, impl, batch_invariant)
     if not RECALLED.again(tensors, options):
         torch.ops.mla_triton.prefill(*tensors, *options)
     return AttentionState(out, lse)
@@ -119,7 +125,7 @@ def forget() -> None:
 LIBRARY.define(
     "prefill(Tensor q, Tensor? q_rope, Tensor k, Tensor? k_rope, Tensor v, Tensor cu_seqlens_q, "
     "Tensor cu_seqlens_k, Tensor(a!) out, Tensor(b!) lse, float softmax_scale, bool causal, "
-    "SymInt? max_seqlen_q, str? impl) -> ()"
+    "SymInt? max_seqlen_q, str? impl, bool batch_invariant=False) -> ()"
 )
 
 
@@ -169,14 +175,16 @@ def _prefill(
     causal: bool,
     max_seqlen_q: int | None,
     impl: str | None,
+    batch_invariant: bool = False,
 ) -> None:
     if cu_seqlens_k is cu_seqlens_q:
         # A recording tells tensors apart by identity, and the next call's may be two.
         cu_seqlens_k = cu_seqlens_k.detach()
     tensors = (q, q_rope, k, k_rope, v, cu_seqlens_q, cu_seqlens_k, out, lse)
     problem = validate_prefill.prefill(
-        *tensors, softmax_scale=softmax_scale, causal=causal, max_seqlen_q=max_seqlen_q
-    )
+        *tensors, softmax_scale=softmax_scale, causal=causal, max_seqlen_q=max_seqlen_q,
+        batch_invariant=batch_invariant,
+    )  # fmt: skip
     if debug.wanted(q):
         debug.check_prefill(*tensors, max_seqlen_q)
     device = devices.of(q.device)
@@ -199,7 +207,7 @@ def _prefill(
         ready.config,
         PrefillTensors(*tensors, softmax_scale),
     )
-    options = (softmax_scale, causal, max_seqlen_q, impl)
+    options = (softmax_scale, causal, max_seqlen_q, impl, batch_invariant)
     RECALLED.keep(tensors, options, recording, None)
 
 
@@ -217,6 +225,7 @@ def _prefill_fake(
     causal: bool,
     max_seqlen_q: int | None,
     impl: str | None,
+    batch_invariant: bool = False,
 ) -> None:
     """The rules alone: results go to `out` and `lse`, which are there."""
     validate_prefill.prefill(

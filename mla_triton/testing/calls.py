@@ -45,9 +45,9 @@ def run(inputs: Inputs, *, impl: str | None = None, parts: int | None = None) ->
 
 
 def plan_of(
-    inputs: DecodeInputs, impl: str | None = None, parts: int | None = None
+    inputs: DecodeInputs, impl: str | None = None, parts: int | None = None, **options: Any
 ) -> mla_triton.Plan:
-    """The plan that `mla_triton.plan` makes for a problem."""
+    """The plan that `mla_triton.plan` makes for a problem, with other options of its."""
     is_ragged = inputs.cu_seqlens_q is not None
     return mla_triton.plan(
         inputs.kv_lens,
@@ -61,6 +61,7 @@ def plan_of(
         value_dim=inputs.value_dim,
         parts=parts,
         impl=impl,
+        **options,
     )
 
 

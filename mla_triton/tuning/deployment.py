@@ -64,6 +64,7 @@ class Deployment:
     """Width of a head's values in a prefill, where it is known."""
     prefill_tokens: int = 0
     """Query tokens of a prefill at most; 0 where `mla_triton.prefill` is not called."""
+    batch_invariant: bool = False
     appends: tuple[str, ...] = ("plain", "interleaved")
     """How `mla_triton.append` is called, of `APPENDS`."""
 
@@ -197,6 +198,7 @@ class Deployment:
             value_dim=self.value_dim,
             max_kv_len=None if table == "csr" else self.max_len,
             allow_tf32=False,
+            batch_invariant=self.batch_invariant,
             has_memory=False,
         )
 
@@ -222,6 +224,7 @@ class Deployment:
             softmax_scale=1.0,
             causal=causal,
             max_seqlen_q=None,
+            batch_invariant=self.batch_invariant,
             has_memory=False,
         )
 
@@ -258,6 +261,7 @@ def describe(
     ragged: bool = False,
     causal: bool = True,
     prefill_tokens: int = 0,
+    batch_invariant: bool = False,
     append: str | Sequence[str] = ("plain", "interleaved"),
 ) -> Deployment:
     """A deployment by model or by shapes; ValueError naming argument, rule and value.
@@ -302,6 +306,7 @@ def describe(
         ragged=bool(ragged),
         causal=bool(causal),
         prefill_tokens=_least("prefill_tokens", prefill_tokens, 0),
+        batch_invariant=bool(batch_invariant),
         appends=_choices("append", append, APPENDS),
     )
     for kind in described.dtypes:

@@ -48,6 +48,7 @@ SWITCHES = (
     "MASKED",
     "NORM",
     "STARTS",
+    "FIXED",
 )
 """Constants that kernels of one deployment differ in."""
 
@@ -101,7 +102,8 @@ def warmup(
         description: the deployment, as `mla-triton warmup --help` lists it: `model` or `from_model`
             with `tp`, or `heads`, `latent`, `rope`, `value_dim`; `max_batch`, `max_len`, `s_q`,
             `dtype`, `page_size`, `layout`, `table`, `queries`, `ragged`, `causal`,
-            `prefill_tokens`, `append`. One value or several where several make sense.
+            `prefill_tokens`, `append`, `batch_invariant`. One value or several where several make
+            sense.
 
     Raises:
         ValueError: an argument breaks a rule; the message names it.
@@ -224,7 +226,7 @@ def _variants(
     for batch in batches:
         longest = resized(form, batch, lengths[-1])
         for implementation, geometry in _ways(longest, device):
-            yield schedule.variant(batch, form.ragged, geometry.kv_tile, device)
+            yield schedule.variant(batch, form.ragged, geometry.kv_tile, device, geometry.fixed)
             for length in lengths:
                 problem = resized(form, batch, length)
                 row_tile = geometry.row_tile
@@ -246,8 +248,8 @@ def _prefill_variants(deployment: Deployment, device: Device) -> Iterator[Varian
             for batch in batches:
                 for length in powers_of_two(longest):
                     problem = replace(
-                        form, usual_queries=usual, batch=batch, queries=batch * usual,
-                        keys=batch * length,
+                        form, batch=batch, queries=batch * usual, keys=batch * length,
+                        usual_queries=LARGEST_TILE if form.batch_invariant else usual,
                     )  # fmt: skip
                     implementation = select.choose_prefill(problem, device).module
                     config = configs.choose(implementation, problem, device).config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from executions import COMPILED, DEVICE, Execution, Shape
@@ -66,8 +67,8 @@ def problems(
     )
 
 
-def run(inputs: PrefillInputs, execution: Execution) -> AttentionState:
+def run(inputs: PrefillInputs, execution: Execution, **options: Any) -> AttentionState:
     """Into buffers of NaN."""
     arguments, own = inputs.call_arguments()
     buffers = inputs.output_buffers()
-    return mla_triton.prefill(*arguments, **own, **buffers, impl=execution.impl)
+    return mla_triton.prefill(*arguments, **own, **buffers, impl=execution.impl, **options)

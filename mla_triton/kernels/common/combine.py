@@ -54,6 +54,9 @@ LEVELS_OF = {
 """(pieces, step, levels) by what groups have on average. Every level is code to be fetched, so they
 are as few as the groups of an uneven batch, or a short request, can do with."""
 
+FIXED_LEVELS = (4, 4, 3)
+"""Where a group's sum must not depend on how many pieces others have."""
+
 ARGUMENTS = (
     ("schedule", "*i32"),
     ("cu_seqlens_q", "*i32"),
@@ -274,7 +277,7 @@ def heuristic(problem: DecodeProblem, geometry: Geometry, device: Device) -> Con
     most = min(max(2, power_of_two(average - average // 16)), MOST_PIECES)
     if alone and units * most > together:
         most = min(most, MOST_PIECES // 2)
-    levels = LEVELS_OF[most]
+    levels = FIXED_LEVELS if geometry.fixed else LEVELS_OF[most]
     if not alone:
         return Config(min(units, together), *levels)
     # Programs without a unit see to it that those with one are spread over all SMs.

@@ -26,6 +26,8 @@ from mla_triton.kernels.common.launch import Launch, Variant
 from mla_triton.kernels.common.paged import request_keys
 from mla_triton.kernels.common.rows import request_queries
 from mla_triton.plan import (
+    FIXED_LEAST,
+    FIXED_UNIT,
     SNAP_LIMIT,
     SPLIT_BALANCE,
     SPLIT_STEPS,
@@ -41,6 +43,8 @@ TOLERANCE = tl.constexpr(TOLERANCE_PERCENT)
 BALANCE = tl.constexpr(SPLIT_BALANCE)
 STEPS = tl.constexpr(SPLIT_STEPS)
 SNAP = tl.constexpr(SNAP_LIMIT)
+UNIT_KEYS = tl.constexpr(FIXED_UNIT)
+LEAST_UNITS = tl.constexpr(FIXED_LEAST)
 
 BLOCKS = {32: 1, 128: 1, 512: 4, 2048: 16}
 """Warps by the requests of a block: up to four requests a thread. A larger batch takes several of
@@ -106,8 +110,24 @@ def shortest_piece(longest):
 
 
 @triton.jit
-def even_pieces(tiles, target):
-    """(piece before it is made even, piece, number of pieces) of a group under the even cut."""
+def fixed_piece(tiles, KV_TILE: tl.constexpr):
+    """The smallest p of at least LEAST_UNITS with p * p >= 2 * units, in tiles."""
+    EACH: tl.constexpr = UNIT_KEYS // KV_TILE
+    doubled = 2 * (tiles // EACH + (tiles % EACH > 0).to(tl.int32))
+    # From above: the square root may be off by its last bit.
+    piece = tl.sqrt(doubled.to(tl.float32)).to(tl.int32) + 2
+    for _ in tl.static_range(3):
+        piece -= ((piece - 1) * (piece - 1) >= doubled).to(tl.int32)
+    return tl.maximum(piece, LEAST_UNITS) * EACH
+
+
+@triton.jit
+def even_pieces(tiles, target, KV_TILE: tl.constexpr, FIXED: tl.constexpr):
+    """(piece before it is made even, piece, number of pieces) of a group under the even cut, or
+    under the fixed one."""
+    if FIXED:
+        fixed = fixed_piece(tiles, KV_TILE)
+        return fixed, fixed, tl.maximum((tiles + fixed - 1) // fixed, 1)
     wanted = tl.maximum(tiles // target, 1)
     exact = tl.maximum((tiles + wanted - 1) // wanted, 1)
     piece = tl.where(exact > 2, exact + exact % 2, exact)
@@ -126,7 +146,7 @@ def schedule_kernel(
     kv_lens, cu_seqlens_q, result,
     batch, s_q, queries, heads, max_kv_len, parts, group_rows, overhead, max_groups,
     KV_TILE: tl.constexpr, RAGGED: tl.constexpr, BLOCK_B: tl.constexpr, ONE_BLOCK: tl.constexpr,
-    PROGRAMMATIC: tl.constexpr,
+    FIXED: tl.constexpr, PROGRAMMATIC: tl.constexpr,
 ):  # fmt: skip
     # The lengths are there now. Decode waits for this kernel's end before it reads the result.
     if PROGRAMMATIC:
@@ -164,11 +184,13 @@ def schedule_kernel(
             kv_lens, cu_seqlens_q, number * BLOCK_B + block, batch, s_q, queries, heads,
             max_kv_len, group_rows, KV_TILE, RAGGED,
         )  # fmt: skip
-        exact, _, splits = even_pieces(tiles, near_target)
+        exact, _, splits = even_pieces(tiles, near_target, KV_TILE, FIXED)
         worst_piece = tl.maximum(worst_piece, tl.max(tl.where(groups > 0, exact, 0), 0))
         pieces_used += tl.sum(groups.to(tl.int64) * splits, 0)
     limit = tl.maximum(target + 1, target * TOLERANCE // 100)
     even = (worst_piece <= limit) & (pieces_used <= parts)
+    if FIXED:
+        even = pieces_used >= 0
 
     size = tl.maximum(divide(packed_length + (parts - 1), parts, is_narrow), floor + overhead)
     largest = tl.where(count > 0, longest + overhead, 0)
@@ -196,7 +218,7 @@ def schedule_kernel(
             kv_lens, cu_seqlens_q, requests, batch, s_q, queries, heads, max_kv_len,
             group_rows, KV_TILE, RAGGED,
         )  # fmt: skip
-        _, piece, splits = even_pieces(tiles, near_target)
+        _, piece, splits = even_pieces(tiles, near_target, KV_TILE, FIXED)
         unit = tl.where(even, splits, tiles + overhead)
         length = groups.to(tl.int64) * unit
         before = line + tl.cumsum(length, 0) - length
@@ -260,8 +282,9 @@ def block_of(batch: int) -> int:
     return next((block for block in BLOCKS if batch <= block), max(BLOCKS))
 
 
-def variant(batch: int, ragged: bool, kv_tile: int, device: Device) -> Variant:
-    """The schedule kernel: by size of the batch, for uniform or ragged queries."""
+def variant(batch: int, ragged: bool, kv_tile: int, device: Device, fixed: bool = False) -> Variant:
+    """The schedule kernel: by size of the batch, for uniform or ragged queries, for pieces that
+    the batch decides or fixed ones."""
     block = block_of(batch)
     return Variant(
         schedule_kernel,
@@ -272,6 +295,7 @@ def variant(batch: int, ragged: bool, kv_tile: int, device: Device) -> Variant:
             ("BLOCK_B", block),
             # Without a request there is nothing to look at, not even once.
             ("ONE_BLOCK", 0 < batch <= block),
+            ("FIXED", fixed),
             ("PROGRAMMATIC", device.has_programmatic_launch),
         ),
         frozenset(),

@@ -176,7 +176,7 @@ def row_tile(problem: DecodeProblem, device: Device) -> int:
 
     float32 multiplies without tensor cores below tf32, and 16 rows fill the registers.
     """
-    problem = as_cut(problem)
+    problem = as_cut(problem).in_any_batch()
     if problem.dtype == torch.float32 or device.backend == "interpreter":
         return 16
     if problem.rows <= 16 or is_alone(problem):
@@ -225,6 +225,7 @@ def precision(problem: DecodeProblem, device: Device) -> str:
 
 def candidates(problem: DecodeProblem, device: Device, rows: int) -> list[tuple[Config, str]]:
     """Configs for a row tile, best first, with the reason for each."""
+    problem = problem.in_any_batch()
     if device.backend == "interpreter":
         return [(Config(64, 4, 1), "the interpreter has neither warps nor stages")]
     if problem.dtype == torch.float32:
@@ -360,10 +361,11 @@ def tuning_point(
 ) -> tuple[Items, int, int] | None:
     """(key, batch, length) that a problem is looked up by; None where only the heuristic serves.
 
-    float32, misaligned rows and Triton's interpreter have one config each.
+    float32, misaligned rows and Triton's interpreter have one config each; a tuned row would be one
+    batch's, and of two tables.
     """
     is_gpu = device.backend in ("cuda", "hip")
-    if not is_gpu or problem.dtype == torch.float32 or not problem.aligned:
+    if not is_gpu or problem.dtype == torch.float32 or not problem.aligned or problem.fixed_pieces:
         return None
     rows = row_tile(problem, device) if rows is None else rows
     return tuning_key(problem, rows), max(1, problem.batch), problem.max_kv_len

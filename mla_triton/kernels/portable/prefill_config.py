@@ -183,9 +183,11 @@ def tuning_point(
     problem: PrefillProblem, device: Device, row_tile: int | None = None
 ) -> tuple[Items, int, int] | None:
     """(key, sequences, mean keys of one) that a problem is looked up by; None where only the
-    heuristic serves: float32, misaligned rows and Triton's interpreter have one config each."""
+    heuristic serves: float32, misaligned rows and Triton's interpreter have one config each, and a
+    tuned row would be one batch's."""
     is_gpu = device.backend in ("cuda", "hip")
-    if not is_gpu or problem.dtype == torch.float32 or not problem.aligned:
+    is_one = problem.dtype == torch.float32 or not problem.aligned or problem.batch_invariant
+    if not is_gpu or is_one:
         return None
     batch = max(1, problem.batch)
     return prefill_key(problem), batch, cdiv(problem.keys, batch)

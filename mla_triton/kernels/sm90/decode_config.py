@@ -96,7 +96,7 @@ def why_slower(problem: DecodeProblem, device: Device) -> str | None:
     Looks at nothing that a plan does not know (page size, strides, lengths), so that a plan is cut
     as the calls that make their own schedule are.
     """
-    if problem.rows <= FEW_ROWS and problem.storage is None:
+    if problem.in_any_batch().rows <= FEW_ROWS and problem.storage is None:
         return (
             f"portable is faster for up to {FEW_ROWS} rows: "
             "it is bound by memory alone, and its programs are shorter"
@@ -138,7 +138,8 @@ def choose(problem: DecodeProblem, device: Device, rows: int | None = None) -> t
     """The heuristic's config and its reason; ValueError where the problem cannot be taken."""
     two = Config(2)
     many = problem.rows > ROW_TILE and problem.batch >= MANY_REQUESTS
-    if many and is_valid(two, problem, device, rows)[0]:
+    # Two blocks do not go with every page size.
+    if many and not problem.fixed_pieces and is_valid(two, problem, device, rows)[0]:
         return two, "many rows: the matrix units are kept busy by two blocks at a time"
     one = Config(1)
     valid, rule = is_valid(one, problem, device, rows)
@@ -170,7 +171,8 @@ def row_tile(problem: DecodeProblem, device: Device) -> int:
     most = most_rows(problem)
     if problem.storage is None:
         return most
-    return next((rows for rows in QUANTISED_ROW_TILES if problem.rows <= rows <= most), most)
+    needed = problem.in_any_batch().rows
+    return next((rows for rows in QUANTISED_ROW_TILES if needed <= rows <= most), most)
 
 
 def geometry(
@@ -189,7 +191,10 @@ def geometry(
 def tuning_point(
     problem: DecodeProblem, device: Device, rows: int | None = None
 ) -> tuple[Items, int, int] | None:
-    """(key, batch, length) that a problem is looked up by."""
+    """(key, batch, length) that a problem is looked up by; None where a tuned row, which is of one
+    batch, must not decide."""
+    if problem.fixed_pieces:
+        return None
     rows = row_tile(problem, device) if rows is None else rows
     return tuning_key(problem, rows), max(1, problem.batch), problem.max_kv_len
 

@@ -128,8 +128,11 @@ def heuristic(problem: PrefillProblem, device: Device) -> Config:
 
 def tuning_point(
     problem: PrefillProblem, device: Device, row_tile: int | None = None
-) -> tuple[Items, int, int]:
-    """(key, sequences, mean keys of one) that a problem is looked up by."""
+) -> tuple[Items, int, int] | None:
+    """(key, sequences, mean keys of one) that a problem is looked up by; None where a tuned row,
+    which is of one batch, must not decide."""
+    if problem.batch_invariant:
+        return None
     batch = max(1, problem.batch)
     return prefill_key(problem), batch, cdiv(problem.keys, batch)
 

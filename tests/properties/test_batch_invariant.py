@@ -1,0 +1,163 @@
+"""With `batch_invariant=True` a request's result depends on nothing but the request, bit for bit.
+
+Every example computes a batch, and another one that has some of its requests, in another order and
+among others, elsewhere in the cache, in pages of another size and in a wider table. What both have
+computed is the same, by the same implementation: with pages of 1 the Hopper kernel does not take
+e4m3 keys, which is said by `impl` being refused, and sizes are drawn from those that it takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import bounds
+import decodes
+import prefills
+import pytest
+import torch
+from decodes import DEVICE
+from executions import COMPILED, Execution, examples, executions, reproduction
+from hypothesis import given
+from hypothesis import strategies as st
+from ways import Way
+
+from mla_triton import AttentionState
+from mla_triton.cache import CSRPageTable
+from mla_triton.plan import FIXED_LEAST, FIXED_UNIT
+from mla_triton.testing import (
+    DecodeInputs,
+    assert_same_bits,
+    assert_within_budget,
+    decode_inputs,
+    plan_of,
+    prefill_changes,
+)
+from mla_triton.testing import decode_changes as changes
+from mla_triton.testing.problems import int32
+
+PIECE = FIXED_LEAST * FIXED_UNIT
+LENGTHS = (0, 1, 63, 130, PIECE - 1, PIECE + 1, 2 * PIECE + 65)
+"""Keys of a request: those of one piece, of two and of three."""
+if COMPILED:
+    LENGTHS += (4 * PIECE + 1, 20_000)
+
+
+@pytest.fixture(scope="module", params=executions(Way("sm90")), ids=str)
+def execution(request: pytest.FixtureRequest) -> Iterator[Execution]:
+    with request.param.in_force() as execution:
+        yield execution
+
+
+def run(inputs: DecodeInputs, execution: Execution) -> AttentionState:
+    return decodes.run(inputs, execution, batch_invariant=True)
+
+
+def widened(inputs: DecodeInputs, by: int) -> DecodeInputs:
+    """With so many entries more in its page table, which may be of longer requests."""
+    table = inputs.page_table
+    if isinstance(table, CSRPageTable):
+        more = table.indices.new_full((by,), 2**31 - 1)
+        return replace(inputs, page_table=table._replace(indices=torch.cat([table.indices, more])))
+    more = table.new_full((len(table), by), 2**31 - 1)
+    return replace(inputs, page_table=torch.cat([table, more], 1))
+
+
+@st.composite
+def long_problems(draw: st.DrawFn, execution: Execution, **options) -> DecodeInputs:
+    lengths = st.lists(st.sampled_from(LENGTHS), min_size=2, max_size=3)
+    shape = draw(st.sampled_from(decodes.taken(execution)))
+    seed = draw(st.integers(0, 2**16))
+    return decode_inputs(
+        kv_lens=draw(lengths), seed=seed, device=DEVICE, **shape, **{"s_q": 1} | options
+    )
+
+
+@examples()
+@given(st.data())
+def test_a_request_of_a_decode_is_alone(execution, data):
+    inputs = data.draw(long_problems(execution, s_q=data.draw(st.sampled_from((1, 2)))))
+    count = len(inputs.kv_lens)
+    order = data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=count + 1))
+    least = 16 if execution.impl == "sm90" and inputs.recipe.get("stored") else 1
+    whole = changes.page_size_of(inputs)
+    sizes = [size for size in (whole, 32, 16, 1) if whole % size == 0 and size >= least]
+    size = data.draw(st.sampled_from(sizes))
+    seed, by = data.draw(st.integers(0, 2**16)), data.draw(st.sampled_from((0, 1, 5000)))
+    change = f"widened(reordered(repaged(relocated(inputs, {seed}), {size}), {order}), {by})"
+    reproduction(inputs, change, execution)
+    moved = changes.repaged(changes.relocated(inputs, seed), size)
+    moved = widened(changes.reordered(moved, order), by)
+    expected = run(inputs, execution)
+    assert_same_bits(run(moved, execution), bounds.rows(expected, order))
+    assert_within_budget(expected, inputs)
+
+
+@examples()
+@given(st.data())
+def test_ragged_queries_of_others_do_not_matter(execution, data):
+    """How many query tokens others have moves the average, by which tiles are chosen elsewhere."""
+    tokens = data.draw(st.lists(st.sampled_from((1, 2, 9)), min_size=2, max_size=3))
+    inputs = data.draw(long_problems(execution, s_q=max(tokens)))
+    lengths, pages = inputs.kv_lens.tolist(), changes.pages_of(inputs)
+    tokens = (tokens * len(lengths))[: len(lengths)]
+    reproduction(inputs, f"each request alone, of {tokens} query tokens", execution)
+
+    def ragged(requests: range) -> DecodeInputs:
+        some = changes.with_pages(
+            inputs, [pages[b] for b in requests], [lengths[b] for b in requests]
+        )
+        ends = torch.tensor([0, *(tokens[b] for b in requests)]).cumsum(0)
+        return changes.with_queries(
+            replace(some, cu_seqlens_q=int32(ends.tolist()).to(DEVICE)),
+            lambda q: torch.cat([q[b, : tokens[b]] for b in requests]),
+        )
+
+    together = run(ragged(range(len(lengths))), execution)
+    first = 0
+    for b, count in enumerate(tokens):
+        alone = run(ragged(range(b, b + 1)), execution)
+        assert_same_bits(alone, bounds.rows(together, range(first, first + count)))
+        first += count
+
+
+@examples()
+@given(st.data())
+def test_a_plan_changes_nothing(execution, data):
+    inputs = data.draw(long_problems(execution))
+    reproduction(inputs, "with a plan", execution)
+    plan = plan_of(inputs, execution.impl, batch_invariant=True, max_kv_len=max(LENGTHS))
+    assert_same_bits(
+        decodes.run(inputs, execution, batch_invariant=True, plan=plan), run(inputs, execution)
+    )
+
+
+@examples()
+@given(st.data())
+def test_a_sequence_of_a_prefill_is_alone(execution, data):
+    """Among long sequences, or short ones, for which tiles would be others."""
+    inputs = data.draw(prefills.problems(execution))
+    own = prefill_changes.spans(inputs.cu_seqlens_q)
+    order = data.draw(st.lists(st.integers(0, len(own) - 1), min_size=1, max_size=len(own) + 1))
+    reproduction(inputs, f"reordered(inputs, {order})", execution)
+    got = prefills.run(prefill_changes.reordered(inputs, order), execution, batch_invariant=True)
+    expected = prefills.run(inputs, execution, batch_invariant=True)
+    assert_same_bits(got, bounds.rows(expected, [row for b in order for row in own[b]]))
+    assert_within_budget(expected, inputs)
+
+
+# -- that it would be noticed
+
+
+def test_without_it_a_request_depends_on_the_others():
+    """What is held above is no accident: a batch cuts its requests by what else is in it."""
+    execution = Execution(Way("portable"))
+    inputs = decode_inputs(
+        kv_lens=[3000, 40, 40, 40], heads=2, latent=128, rope=32, page_size=16,
+        dtype=torch.float32, device=DEVICE,
+    )  # fmt: skip
+    alone = changes.reordered(inputs, [0])
+    lse = [decodes.run(some, execution).lse[0] for some in (inputs, alone)]
+    assert not torch.equal(*lse)
+    lse = [run(some, execution).lse[0] for some in (inputs, alone)]
+    assert torch.equal(*lse)
