@@ -28,8 +28,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # The modules that tests share lie there.
 sys.path.append(str(Path(__file__).parents[1]))
 
-import torch  # noqa: E402
-from soak_problems import INTERPRETED, ON_GPU, draw, judge  # noqa: E402
+import torch
+from soak_problems import INTERPRETED, ON_GPU, draw, judge
 
 
 @dataclass

@@ -18,8 +18,8 @@ import torch
 from ways import WAYS, Way, forced, is_refused
 
 import mla_triton
-from mla_triton import select
 from mla_triton import device as devices
+from mla_triton import select
 from mla_triton.testing import (
     AppendInputs,
     CacheMemory,
