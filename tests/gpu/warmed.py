@@ -3,8 +3,8 @@
     python warmed.py warm     prints JSON: what was warmed up, and the kernels that were launched
     python warmed.py serve    prints JSON: kernels found and compiled, launchers built, by calls of
                               the deployment; and what a call outside of it compiles
-    python warmed.py tune     tunes a point and makes judged calls of it; prints JSON: what was kept,
-                              the row that is there then, kernels that were compiled
+    python warmed.py tune     tunes a point and makes judged calls of it; prints JSON: what was
+                              kept, the row that is there then, kernels that were compiled
 
 Triton's cache is the one that the environment names, so that the two processes share it.
 """
