@@ -200,7 +200,8 @@ def _logits(random: Random) -> str:
 def _decode(random: Random, size: Size) -> dict[str, Any]:
     recipe = dict(random.choice(DECODES))
     batch = random.choice(size.batches)
-    recipe["kv_lens"] = _lengths(random, batch, size.keys)
+    total = size.keys // random.choice((1, 3, 20, 20))
+    recipe["kv_lens"] = _lengths(random, batch, total)
     if recipe.pop("ragged", False):
         recipe["q_lens"] = [random.choice((0, 1, 1, 2, 3, size.tokens // 8)) for _ in range(batch)]
         # The oracle has every query's logits at once.
