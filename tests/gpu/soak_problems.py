@@ -20,6 +20,7 @@ from ways import WAYS, Way, forced, is_refused
 import mla_triton
 from mla_triton import device as devices
 from mla_triton import select
+from mla_triton.kernels.sm90.decode_config import Config, is_valid
 from mla_triton.testing import (
     AppendInputs,
     CacheMemory,
@@ -279,6 +280,7 @@ def _against_budget(
 def _judge_decode(drawn: Drawn, device: torch.device) -> Iterator[Finding]:
     inputs = decode_inputs(**drawn.recipe, device=device)
     budget = budget_of(inputs)
+    problem: Any = problem_of(inputs)
     options = dict(drawn.options)
     parts = options.pop("parts", None)
 
@@ -293,8 +295,10 @@ def _judge_decode(drawn: Drawn, device: torch.device) -> Iterator[Finding]:
         return compute
 
     for way in WAYS if device.type == "cuda" else WAYS[:1]:
-        is_same = way.blocks == 2 and drawn.recipe.get("stored", "16bit") != "16bit"
-        if is_same or is_refused(inputs, way):
+        if is_refused(inputs, way):
+            continue
+        # A problem that has no such form would run in the other one again.
+        if way.blocks and not is_valid(Config(way.blocks), problem, devices.of(device))[0]:
             continue
         with forced(way):
             yield _against_budget(f"decode {way}", inputs, by(way), budget)
