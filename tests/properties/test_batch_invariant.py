@@ -79,10 +79,7 @@ def test_a_request_of_a_decode_is_alone(execution, data):
     inputs = data.draw(long_problems(execution, s_q=data.draw(st.sampled_from((1, 2)))))
     count = len(inputs.kv_lens)
     order = data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=count + 1))
-    least = 16 if execution.impl == "sm90" and inputs.recipe.get("stored") else 1
-    whole = changes.page_size_of(inputs)
-    sizes = [size for size in (whole, 32, 16, 1) if whole % size == 0 and size >= least]
-    size = data.draw(st.sampled_from(sizes))
+    size = data.draw(st.sampled_from(decodes.page_sizes(inputs, execution)))
     seed, by = data.draw(st.integers(0, 2**16)), data.draw(st.sampled_from((0, 1, 5000)))
     change = f"widened(reordered(repaged(relocated(inputs, {seed}), {size}), {order}), {by})"
     reproduction(inputs, change, execution)
