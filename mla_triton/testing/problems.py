@@ -319,5 +319,6 @@ def moved(value: Any, device: torch.device | str) -> Any:
         return type(value)(*(moved(tensor, device) for tensor in value))
     if not isinstance(value, torch.Tensor) or value.device == torch.device(device):
         return value
-    storage = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage()).to(device)
+    storage = torch.empty(0, dtype=value.dtype, device=value.device)
+    storage = storage.set_(value.untyped_storage()).to(device)
     return storage.as_strided(value.shape, value.stride(), value.storage_offset())

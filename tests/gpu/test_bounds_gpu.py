@@ -255,12 +255,12 @@ def in_second_page(inputs: DecodeInputs, cache: torch.Tensor | LatentCache) -> D
 
 @pytest.mark.parametrize("heads", [16, 40])
 def test_pages_more_than_two_to_the_31_elements_apart(heads):
-    """A whole number of slots, and 16 bytes more than that, which is none: the Hopper kernel then
-    copies row by row."""
+    """A whole number of slots, and 16 elements more than that, which is none: the Hopper kernel
+    then copies row by row."""
     needs(10)
     inputs, place = one_page(heads=heads)
     step = 576 * (ELEMENTS // 576 + 1)
-    for more in (0, 8):
+    for more in (0, 16):
         cache = in_two_pages(inputs.cache, place, step + more)
         judge = only_portable if more else same_in
         assert judge(inputs, in_second_page(inputs, cache)) >= 1
