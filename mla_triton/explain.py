@@ -172,8 +172,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
             f"{geometry['parts']} parts x {geometry['lanes']} lanes = "
             f"{geometry['programs']} programs",
             f"schedule  {made['groups']} groups of rows, each in up to {made['splits']} pieces"
-            f"{fixed}: "
-            f"{made['parts_used']} parts have work, {made['merged_groups']} groups are merged",
+            f"{fixed}: {made['parts_used']} parts have work, {made['merged_groups']} groups are merged",
         ]
     return text + _others(facts)
 
