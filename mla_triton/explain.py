@@ -165,14 +165,15 @@ def lines(facts: dict[str, Any]) -> list[str]:
     ]
     if facts["config"] is not None:
         geometry, made = facts["geometry"], facts["schedule"]
-        piece = made["fixed_piece"]
-        fixed = f" of {piece} keys, whatever the batch" if piece else ""
+        pieces = f"{made['splits']} pieces"
+        if made["fixed_piece"]:
+            pieces += f" of {made['fixed_piece']} keys, whatever the batch"
         text += [
             f"geometry  tiles of {geometry['kv_tile']} keys x {geometry['row_tile']} rows; "
             f"{geometry['parts']} parts x {geometry['lanes']} lanes = "
             f"{geometry['programs']} programs",
-            f"schedule  {made['groups']} groups of rows, each in up to {made['splits']} pieces"
-            f"{fixed}: {made['parts_used']} parts have work, {made['merged_groups']} groups are merged",
+            f"schedule  {made['groups']} groups of rows, each in up to {pieces}: "
+            f"{made['parts_used']} parts have work, {made['merged_groups']} groups are merged",
         ]
     return text + _others(facts)
 
