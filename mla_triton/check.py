@@ -308,7 +308,7 @@ def _judged(
     if not row.ok or bandwidth is None:
         return row
     moved = _bytes(inputs, state.out)
-    return _with_time(row, _microseconds(inputs, implementation, moved), moved, bandwidth)
+    return _with_time(row, _microseconds(inputs, moved), moved, bandwidth)
 
 
 def _judged_prefill(case: PrefillCase, row: Row, device: torch.device, is_timed: bool) -> Row:
@@ -411,18 +411,13 @@ def _bytes(inputs: DecodeInputs, out: torch.Tensor) -> int:
     return keys * key_bytes + sum(tensor.nbytes for tensor in (*query, out))
 
 
-def _microseconds(inputs: DecodeInputs, implementation: str, moved: int) -> float:
-    """Time of a call that finds its cache cold, with a plan made before and reused.
-
-    Both by the implementation that was judged: a plan alone is made for a usual cache, and may be
-    cut for another.
-    """
+def _microseconds(inputs: DecodeInputs, moved: int) -> float:
+    """Time of a call that finds its cache cold, with a plan made before and reused."""
     from mla_triton import timing
 
     arguments, options = inputs.call_arguments()
     q_nope, q_rope, cache, *rest = arguments
-    plan = plan_of(inputs, implementation)
-    options["impl"] = implementation
+    plan = plan_of(inputs)
     copies = [copied(cache) for _ in range(timing.cold_copies(moved))]
 
     def call_on(copy: torch.Tensor | LatentCache) -> Any:

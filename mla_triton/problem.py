@@ -30,7 +30,7 @@ ANY_BATCH = 128
 ANY_ROWS = 64
 """Rows that ragged requests of any batch have: those of the largest tile."""
 USUAL_PAGE = 64
-"""Slots of a page of the cache that a plan, which knows none, is made for."""
+"""Slots of a page of the cache that a plan, which knows no sizes of pages, is made for."""
 
 
 class Storage(NamedTuple):
@@ -97,19 +97,21 @@ class DecodeProblem:
     num_pages: int = field(default=2**31 - 1, compare=False)
 
     def as_planned(self) -> DecodeProblem:
-        """The problem as far as a plan knows it: before there is a cache, it serves any."""
+        """The problem as far as a plan knows it: it is told how keys are stored, and serves any
+        cache of that format."""
+        is_quantised = self.storage is not None
         return replace(
             self,
             page_size=USUAL_PAGE,
             csr=False,
             causal=False,
-            fused=True,
-            ckv_stride_slot=self.key_dim,
-            kpe_stride_slot=0,
+            # Where scales are of groups, how parts lie follows from the format.
+            fused=self.fused if is_quantised else True,
+            ckv_stride_slot=self.ckv_stride_slot if is_quantised else self.key_dim,
+            kpe_stride_slot=self.kpe_stride_slot if is_quantised else 0,
             aligned=True,
             allow_tf32=False,
             row_steps=UNEVEN,
-            storage=None,
             page_slots=USUAL_PAGE,
         )
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mla_triton.cache import named
 from mla_triton.plan import MAX_PARTS, fixed_pieces
 from mla_triton.problem import USUAL_PAGE, DecodeProblem
 from mla_triton.validate import (
@@ -40,12 +41,15 @@ def plan(
     max_kv_len: int | None,
     parts: int | None,
     batch_invariant: bool,
+    cache_format: str,
     impl: str | None,
 ) -> DecodeProblem:
     """Checks one call of plan. Page size, strides and causality, which a plan leaves open, are
     those of an ordinary call."""
     plan_lengths(kv_lens, cu_seqlens_q)
     check_impl(impl)
+    if not isinstance(cache_format, str):
+        fail(TypeError, "cache_format", "be a str", type(cache_format).__name__)
     check_flag("batch_invariant", batch_invariant)
     if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
         fail(TypeError, "dtype", "be float16, bfloat16 or float32", dtype)
@@ -83,7 +87,7 @@ def plan(
         queries = batch * s_q
     check_rows("heads", queries, heads)
     bound = INT32_MAX if max_kv_len is None else min(max_kv_len, INT32_MAX)
-    return DecodeProblem(
+    problem = DecodeProblem(
         dtype=dtype,
         batch=batch,
         s_q=s_q if cu_seqlens_q is None else None,
@@ -102,6 +106,7 @@ def plan(
         fixed_pieces=fixed_pieces(bound) if batch_invariant else 0,
         max_kv_len=bound,
     )
+    return named.over(problem, cache_format)
 
 
 def _size(argument: str, value: Any, least: int) -> int:

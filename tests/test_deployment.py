@@ -160,7 +160,7 @@ AT_LEAST_1 = "must be a whole number of at least 1, got"
         ),
         (
             {"cache_format": "fp8_ds_mla", "dtype": "float16"},
-            "cache_format fp8_ds_mla has bfloat16 rotary keys: dtype must be bfloat16, got float16",
+            "dtype must be bfloat16 where cache_format is fp8_ds_mla, got float16",
         ),
     ],
     ids=str,

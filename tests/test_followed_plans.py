@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from quantised_forms import FORMS, inputs_of
 
 import mla_triton
 from mla_triton import device as devices
-from mla_triton import testing, validate, validate_plan
+from mla_triton import select, testing, validate, validate_plan
+from mla_triton.cache import named
 from mla_triton.kernels.portable import decode as portable
 from mla_triton.kernels.portable import decode_config
 from mla_triton.kernels.portable.decode_config import Config
 from mla_triton.kernels.sm90 import decode_config as sm90_config
 from mla_triton.ops import decode as operation
-from mla_triton.ops.plan import buffers
+from mla_triton.ops.plan import buffers, cut, known_cut
 from mla_triton.plan import ENOUGH_PARTS, MAX_RAGGED_LANES, Geometry, cdiv, fitted
 from mla_triton.problem import DecodeProblem
 from mla_triton.testing import compilation
@@ -136,6 +140,11 @@ def test_portable_follows_the_hopper_kernels_plans(width, page_size, aligned):
         {"latent": 448, "value_dim": 512},
         {"layout": "pair", "page_size": 16, "table": "csr", "strided": True, "causal": False},
         {"strided": 3, "dtype": torch.float32},
+        {"stored": "fp8"},
+        {"stored": "fp8", "rope": 0, "dtype": torch.float16},
+        {"stored": "fp8_ds_mla", "page_size": 16, "q_lens": (2, 0, 1)},
+        {"stored": "fp8_v4", "latent": 448, "value_dim": 512},
+        {"stored": "fp8_v41", "latent": 448, "value_dim": 512, "table": "csr"},
     ],
     ids=str,
 )
@@ -154,10 +163,123 @@ def test_a_problem_as_planned_is_what_a_plan_is_made_for(recipe):
         inputs.kv_lens, inputs.cu_seqlens_q, heads=q_nope.shape[-2], latent=q_nope.shape[-1],
         rope=0 if q_rope is None else q_rope.shape[-1], dtype=q_nope.dtype,
         s_q=1 if ragged else q_nope.shape[1], queries=q_nope.shape[0] if ragged else None,
-        value_dim=inputs.value_dim, max_kv_len=None, parts=None, batch_invariant=False, impl=None,
+        value_dim=inputs.value_dim, max_kv_len=None, parts=None, batch_invariant=False,
+        cache_format=recipe.get("stored", "16bit"), impl=None,
     )  # fmt: skip
     assert problem.as_planned() == planned
     assert planned.as_planned() == planned
+
+
+# -- plans of a cache's format
+
+
+def quantised(heads: int, **changes: Any) -> dict[str, tuple[str, DecodeProblem]]:
+    """(format, problem) of each form of a quantised cache that has the name of a format."""
+    formats = {
+        "fp8": "fp8", "fp8 pair": "fp8", "fp8 rope inside": "fp8", "groups": "fp8_ds_mla",
+        "fp8_ds_mla": "fp8_ds_mla", "fp8_v4": "fp8_v4", "fp8_v41": "fp8_v41",
+    }  # fmt: skip
+    problems = compilation.quantised_problems(heads=heads)
+    assert set(problems) == set(formats)
+    return {
+        form: (formats[form], replace(problem, **changes)) for form, problem in problems.items()
+    }
+
+
+def told(problem: DecodeProblem, cache_format: str) -> DecodeProblem:
+    """What a plan is made for that is told the sizes of a call and a format."""
+    return named.over(replace(problem, storage=None).as_planned(), cache_format)
+
+
+@pytest.mark.parametrize("fixed", [0, 13])
+@pytest.mark.parametrize("label", ["8.0", "8.9", "9.0", "10.0", "gfx942"])
+@pytest.mark.parametrize("impl", [None, "portable", "sm90"])
+def test_a_plan_that_knows_the_format_is_cut_as_a_call_is(impl, label, fixed):
+    """By the same implementation into the same tiles and parts, whatever a plan leaves open."""
+    card, differing = devices.from_label(label), 0
+    for batch in (1, 3, 64, 128):
+        sizes = {"batch": batch, "queries": batch, "fixed_pieces": fixed}
+        for heads in (1, 16, 24, 33, 64, 128):
+            for cache_format, problem in quantised(heads, **sizes).values():
+                planned = told(problem, cache_format)
+                if impl == "sm90" and select.why_not_sm90(problem, card, impl, None):
+                    with pytest.raises(NotImplementedError):
+                        cut(planned, card, impl, None)
+                    continue
+                name, _ = select.name_decode(problem, card, impl)
+                own = select.CONFIGURED[name].geometry(problem, card)
+                like = cut(planned, card, impl, None)
+                assert like == own
+                assert select.name_decode(planned, card, impl)[0] == name
+                # What follows it is what runs without it.
+                assert select.name_decode(problem, card, impl, like)[0] == name
+                for other in (
+                    replace(problem, page_size=128, page_slots=384, csr=True, causal=True),
+                    replace(problem, page_size=16, page_slots=16, max_kv_len=77),
+                ):
+                    module = select.CONFIGURED[name]
+                    assert module.geometry(other, card, like=like) == like
+                    assert module.geometry(other, card) == like
+                differing += like != cut(replace(planned, storage=None), card, impl, None)
+    assert differing or label != "9.0", "a format that changes nothing here shows nothing"
+
+
+@contextmanager
+def storage_decides() -> Iterator[None]:
+    """Inside, the interpreter cuts a quantised cache otherwise, as cards do."""
+    rows, programs = decode_config.row_tile, decode_config.programs_per_sm
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            decode_config, "row_tile",
+            lambda problem, card: 32 if problem.storage is not None else rows(problem, card),
+        )  # fmt: skip
+        patch.setattr(
+            decode_config, "programs_per_sm",
+            lambda problem, card: 2 if problem.storage is not None else programs(problem, card),
+        )  # fmt: skip
+        forget()
+        yield
+    forget()
+
+
+def forget() -> None:
+    """How problems were cut."""
+    operation.forget()
+    known_cut.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("form", "batch_invariant"),
+    [*((form, False) for form in FORMS), ("fp8 fused", True), ("656", True)],
+)
+def test_a_plan_that_knows_the_format_changes_no_bit(form, batch_invariant):
+    longest = 1100 if batch_invariant else 450
+    inputs = inputs_of(form, kv_lens=[longest, 0, 33], heads=4, s_q=1)
+    arguments, options = inputs.call_arguments()
+    options["batch_invariant"] = batch_invariant
+    more = {"batch_invariant": True, "max_kv_len": longest} if batch_invariant else {}
+    with storage_decides():
+        plan = testing.plan_of(inputs, **more)
+        unaware = testing.plan_of(inputs, cache_format="16bit", **more)
+        assert plan.geometry.row_tile == 32
+        assert plan.geometry.parts > 1
+        assert unaware.geometry.row_tile == 16
+        own = mla_triton.decode(*arguments, **options)
+        planned = mla_triton.decode(*arguments, **options, plan=plan)
+        testing.assert_same_bits(planned, own)
+        testing.assert_within_budget(planned, inputs)
+        other = mla_triton.decode(*arguments, **options, plan=unaware)
+        testing.assert_within_budget(other, inputs)
+        if not batch_invariant:
+            assert not testing.same_bits(other, own), "the parts are others"
+
+
+@pytest.mark.parametrize("recipe", [{}, {"stored": "fp8"}, {"stored": "fp8_ds_mla"}], ids=str)
+def test_a_plan_of_another_format_is_followed(recipe):
+    inputs = decode_inputs(kv_lens=[150, 40], heads=4, **recipe)
+    with storage_decides():
+        for cache_format in ("16bit", "fp8", "fp8_ds_mla"):
+            check(inputs, testing.plan_of(inputs, cache_format=cache_format))
 
 
 # -- results, as far as the interpreter has them

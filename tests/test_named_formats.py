@@ -69,7 +69,7 @@ def test_other_names_have_no_storage(name):
     [
         ("fp4", {}, "cache_format must be one of 16bit, fp8, fp8_ds_mla, fp8_v4, fp8_v41, got "),
         ("fp8", {"dtype": torch.float32}, "cache_format must be 16bit for float32, got fp8"),
-        ("fp8_ds_mla", {"dtype": torch.float16}, "cache_format fp8_ds_mla has bfloat16 rotary "),
+        ("fp8_ds_mla", {"dtype": torch.float16}, "dtype must be bfloat16 where cache_format is fp"),
         ("fp8_ds_mla", {"rope": 32}, "cache_format must be one for keys of 512 + 32 with values "),
         ("fp8_v41", {"value_dim": 448}, "cache_format must be one for keys of 448 + 64 with val"),
     ],

@@ -249,6 +249,25 @@ def test_sizes_become_dynamic_by_themselves(device):
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    ("stored", "widths"),
+    [
+        ("fp8", {"latent": 128, "rope": 32}),
+        ("fp8_ds_mla", {"latent": 512, "rope": 64}),
+        ("fp8_v4", {"latent": 448, "rope": 64, "value_dim": 512}),
+    ],
+)
+def test_a_plan_of_a_format_made_inside(stored, widths, device):
+    inputs = make(device, stored=stored, dtype=torch.bfloat16, **widths)
+
+    def step(inputs):
+        return call(inputs, plan=plan_of(inputs, cache_format=stored))
+
+    made = fixed(step, "aot_eager")(inputs)
+    torch.testing.assert_close(made, call(inputs), rtol=0, atol=0)
+
+
+@needs_compiler
 @needs_kernels
 def test_a_compiled_update_of_a_plan(device):
     inputs = make(device, kv_lens=[400, 17])

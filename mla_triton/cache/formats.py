@@ -51,6 +51,12 @@ class CacheFormat:
     def token_bytes(self) -> int:
         return self.latent + 2 * self.rope + self.scale_bytes
 
+    @property
+    def steps(self) -> tuple[int, int, int]:
+        """Elements from one token's latent, rotary key and scales to the next one's in a page."""
+        scales = self.scale_bytes if self.scales_behind else self.data_bytes
+        return self.data_bytes, self.data_bytes // 2, scales // self.scale_dtype.itemsize
+
     def page_bytes(self, page_size: int) -> int:
         whole = page_size * self.token_bytes
         return -(-whole // self.page_multiple) * self.page_multiple

@@ -39,7 +39,7 @@ def why_not(name: str, dtype: torch.dtype, latent: int, rope: int, value_dim: in
         return f"cache_format must be one for keys of {got}, got {name}"
     if form.rope and dtype != torch.bfloat16:
         kind = str(dtype).removeprefix("torch.")
-        return f"cache_format {name} has bfloat16 rotary keys: dtype must be bfloat16, got {kind}"
+        return f"dtype must be bfloat16 where cache_format is {name}, got {kind}"
     return None
 
 
@@ -86,18 +86,17 @@ def over(problem: DecodeProblem, name: str) -> DecodeProblem:
     rule = why_not(name, problem.dtype, problem.latent, problem.rope, problem.value_dim)
     if rule is not None:
         raise ValueError(rule)
-    size = page_bytes(name, problem.page_size, problem.key_dim)
-    pages = torch.empty(1, size, dtype=torch.uint8, device="meta")
-    ckv, kpe, scales = parts(name, pages, problem.page_size)
-    assert scales is not None
-    rope = None if kpe is None else kpe.dtype
-    group = ckv.shape[-1] // scales.shape[-1] if scales.dim() > 1 else 0
+    if name == "fp8":
+        return replace(problem, storage=Storage(None, 0, torch.float32, 0))
+    form = PACKED[name]
+    latents, keys, scales = form.steps
+    rope = torch.bfloat16 if form.rope else None
     return replace(
         problem,
-        fused=kpe is None,
-        ckv_stride_slot=ckv.stride(1),
-        kpe_stride_slot=0 if kpe is None else kpe.stride(1),
-        storage=Storage(rope, group, scales.dtype, scales.stride(1) if group else 0),
+        fused=not form.rope,
+        ckv_stride_slot=latents,
+        kpe_stride_slot=keys if form.rope else 0,
+        storage=Storage(rope, form.group, form.scale_dtype, scales),
     )
 
 

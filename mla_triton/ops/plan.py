@@ -27,7 +27,8 @@ class Plan:
     """
 
     problem: DecodeProblem
-    """What it was made for; page size, strides and causality are left open."""
+    """What it was made for; page size, strides and causality are left open, and a cache of another
+    format may be decoded with it, too."""
     geometry: Geometry | None
     """None where the reference runs, which has no schedule."""
     schedule: torch.Tensor | None
@@ -76,6 +77,7 @@ def plan(
     max_kv_len: int | None = None,
     parts: int | None = None,
     batch_invariant: bool = False,
+    cache_format: str = "16bit",
     impl: str | None = None,
 ) -> Plan:
     """Makes the schedule of a batch on its device: no host synchronisation, capturable.
@@ -92,8 +94,12 @@ def plan(
         parts: parts to cut the batch into; by default what fills the GPU.
         batch_invariant: as in `decode`, which then has to be told the same. `max_kv_len` has to be
             given: the buffers have room for all pieces of that many keys of every request.
-        impl: whose way of cutting, as in `decode`; by default that of the implementation which a
-            cache with pages of 64 tokens would get. A `decode` without `impl` follows either.
+        cache_format: how the cache that will be decoded holds keys, which decides what fills the
+            GPU: "16bit" (in q's dtype, float32 too), "fp8" (e4m3 with one scale for all latents and
+            one for all rotary keys), or the name of a `mla_triton.cache.CacheFormat`. A `decode`
+            over another format follows the plan, too, where it has a kernel for its tiles.
+        impl: whose way of cutting, as in `decode`; by default that of the implementation which such
+            a cache with pages of 64 tokens would get. A `decode` without `impl` follows either.
 
     Raises:
         TypeError, ValueError: an argument breaks a rule; the message names argument, rule and
@@ -103,7 +109,7 @@ def plan(
     problem = validate_plan.plan(
         kv_lens, cu_seqlens_q, heads=heads, latent=latent, rope=rope, dtype=dtype, s_q=s_q,
         queries=queries, value_dim=value_dim, max_kv_len=max_kv_len, parts=parts,
-        batch_invariant=batch_invariant, impl=impl,
+        batch_invariant=batch_invariant, cache_format=cache_format, impl=impl,
     )  # fmt: skip
     parts = None if parts is None else validate.integer("parts", parts)
     # A compiler looks through what is remembered, and warns of it.

@@ -16,6 +16,7 @@ import torch
 
 import mla_triton
 from mla_triton import validate, validate_merge, validate_prefill
+from mla_triton.cache import named
 from mla_triton.problem import DecodeProblem, MergeProblem, PrefillProblem
 from mla_triton.state import AttentionState
 from mla_triton.testing.budget import Budget, Inputs
@@ -47,8 +48,12 @@ def run(inputs: Inputs, *, impl: str | None = None, parts: int | None = None) ->
 def plan_of(
     inputs: DecodeInputs, impl: str | None = None, parts: int | None = None, **options: Any
 ) -> mla_triton.Plan:
-    """The plan that `mla_triton.plan` makes for a problem, with other options of its."""
+    """The plan that `mla_triton.plan` makes for a problem, with other options of its.
+
+    Of the cache it is told the format, unless the options say another.
+    """
     is_ragged = inputs.cu_seqlens_q is not None
+    options = {"cache_format": cache_format_of(inputs)} | options
     return mla_triton.plan(
         inputs.kv_lens,
         heads=inputs.q_nope.shape[-2],
@@ -63,6 +68,21 @@ def plan_of(
         impl=impl,
         **options,
     )
+
+
+def cache_format_of(inputs: DecodeInputs) -> str:
+    """What `mla_triton.plan` is told of a problem's cache: the format that has its scales, or
+    "16bit" where none with a name has."""
+    problem = _decode_problem(inputs)
+    if problem.storage is None:
+        return "16bit"
+    sizes = (problem.dtype, problem.latent, problem.rope, problem.value_dim)
+    for name in named.CACHE_FORMATS[1:]:
+        if named.why_not(name, *sizes) is None:
+            storage = named.over(problem, name).storage
+            if storage is not None and storage.name == problem.storage.name:
+                return name
+    return "16bit"
 
 
 def problem_of(inputs: Inputs) -> DecodeProblem | PrefillProblem | MergeProblem:

@@ -266,7 +266,8 @@ def powers_of_two(most: int) -> list[int]:
 def _ways(problem: DecodeProblem, device: Device) -> Iterator[tuple[ModuleType, Geometry]]:
     """(implementation, geometry) of a call that makes its own schedule, and of one with a plan.
 
-    They differ where the cache is one that the plan's implementation does not take.
+    The plan is told the format of the cache. They differ where the cache is one that the plan's
+    implementation does not take.
     """
     own = select.choose_decode(problem, device).module
     geometry = own.geometry(problem, device)

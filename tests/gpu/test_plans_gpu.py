@@ -6,13 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ways import is_refused, problem_of
+from quantised_forms import FORMS, inputs_of
+from ways import Way, is_refused, problem_of
 
 import mla_triton
 from mla_triton import device as devices
 from mla_triton import select
 from mla_triton.ops.plan import planned_geometry
-from mla_triton.testing import assert_within_budget, decode_inputs
+from mla_triton.testing import assert_same_bits, assert_within_budget, decode_inputs
+from mla_triton.testing import plan_of as formatted_plan
 from mla_triton.testing.problems import DecodeInputs
 
 KV_LENS = (5000, 0, 1, 63, 64, 65, 700, 2048)
@@ -86,6 +88,56 @@ def test_a_call_with_a_plan_of_its_own_has_the_bits_of_one_without(heads):
     own, planned = mla_triton.decode(*arguments, **options), decode(inputs, plan_of(inputs, None))
     assert torch.equal(own.out, planned.out)
     assert torch.equal(own.lse, planned.lse)
+
+
+@pytest.mark.parametrize("heads", [1, 16, 20, 40, 128])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("impl", [None, "portable", "sm90"])
+def test_a_plan_that_knows_the_format_changes_no_bit(impl, form, heads):
+    """Cut as the call itself cuts, few requests and many, alone and batch-invariant."""
+    device = devices.current()
+    for changes in (
+        {},
+        {"kv_lens": [3000, 70, 1, 900]},
+        {"kv_lens": [(37 * i) % 400 for i in range(200)]},
+        {"page_size": 16, "table": "csr"},
+        {"page_size": 128, "s_q": 2},
+        {"q_lens": (3, 2, 0, 70, 1, 64, 0, 9)},
+    ):
+        inputs = inputs_of(
+            form, **{"kv_lens": KV_LENS, "s_q": 1, "page_size": 64, "heads": heads} | changes,
+            device="cuda",
+        )  # fmt: skip
+        if impl == "sm90" and is_refused(inputs, Way("sm90")):
+            with pytest.raises(NotImplementedError, match=r"^impl 'sm90' cannot run this decode: "):
+                formatted_plan(inputs, impl)
+            continue
+        arguments, options = inputs.call_arguments()
+        longest = max(inputs.kv_lens.tolist())
+        for batch_invariant in (False, True):
+            more = {"batch_invariant": True, "max_kv_len": longest} if batch_invariant else {}
+            options |= {"batch_invariant": batch_invariant, "impl": impl}
+            plan = formatted_plan(inputs, impl, **more)
+            own = mla_triton.decode(*arguments, **options)
+            planned = mla_triton.decode(*arguments, **options, plan=plan)
+            assert_same_bits(planned, own)
+            assert_within_budget(planned, inputs)
+            problem = replace(problem_of(inputs), fixed_pieces=plan.problem.fixed_pieces)
+            chosen = select.decode(problem, device, impl)
+            assert chosen.module.geometry(problem, device) == plan.geometry
+
+
+@pytest.mark.parametrize("heads", [16, 40, 128])
+@pytest.mark.parametrize("form", [None, "fp8 fused", "656"])
+def test_a_plan_of_another_format_is_followed(form, heads):
+    given = {"kv_lens": KV_LENS, "s_q": 1, "page_size": 64, "heads": heads, "device": "cuda"}
+    inputs = decode_inputs(**given) if form is None else inputs_of(form, **given)
+    for cache_format in ("16bit", "fp8", "fp8_ds_mla"):
+        for impl in (None, "portable", "sm90"):
+            if impl == "sm90" and devices.current().capability != (9, 0):
+                continue
+            plan = formatted_plan(inputs, impl, cache_format=cache_format)
+            assert_within_budget(decode(inputs, plan), inputs)
 
 
 def test_layers_with_other_caches_share_a_plan():

@@ -26,6 +26,7 @@ import mla_triton
 from mla_triton import device as devices
 from mla_triton.kernels.portable.decode import decoding
 from mla_triton.testing import assert_within_budget, untouched_padding
+from mla_triton.testing import plan_of as formatted_plan
 from mla_triton.testing.problems import DecodeInputs
 
 SKEWED = (5000, 0, 1, 63, 64, 65, 700, 2048)
@@ -215,7 +216,7 @@ def test_a_plan_that_knows_no_cache_is_followed(way, form, heads):
         assert_within_budget(mla_triton.decode(*arguments, **options, plan=plan), inputs)
 
 
-@pytest.mark.parametrize("planned", [True, False])
+@pytest.mark.parametrize("planned", ["no plan", "a plan", "a plan of the format"])
 @pytest.mark.parametrize("form", ["fp8 fused", "656", "584"])
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_graph_with_new_lengths(way, form, planned):
@@ -225,7 +226,11 @@ def test_graph_with_new_lengths(way, form, planned):
     buffers = inputs.output_buffers()
 
     def step() -> None:
-        run(inputs, way, plan=plan_of(inputs, None) if planned else None, **buffers)
+        plan = None
+        if planned != "no plan":
+            make = plan_of if planned == "a plan" else formatted_plan
+            plan = make(inputs, None)
+        run(inputs, way, plan=plan, **buffers)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -176,7 +176,7 @@ def row_tile(problem: DecodeProblem, device: Device) -> int:
 
     float32 multiplies without tensor cores below tf32, and 16 rows fill the registers.
     """
-    problem = as_cut(problem).in_any_batch()
+    problem = problem.as_planned().in_any_batch()
     if problem.dtype == torch.float32 or device.backend == "interpreter":
         return 16
     if problem.rows <= 16 or is_alone(problem):
@@ -188,15 +188,6 @@ def row_tile(problem: DecodeProblem, device: Device) -> int:
         # Queries that were computed, not loaded, stay in registers beside wgmma, and 64 rows spill.
         return 32
     return 64 if fits(64, problem, device) else 32
-
-
-def as_cut(problem: DecodeProblem) -> DecodeProblem:
-    """The problem as far as its cut depends on it: what a plan knows, and how keys are stored,
-    which only a call that makes its own schedule knows."""
-    planned = problem.as_planned()
-    if problem.storage is None:
-        return planned
-    return replace(planned, storage=problem.storage, fused=problem.fused)
 
 
 def fits(rows: int, problem: DecodeProblem, device: Device) -> bool:
@@ -325,7 +316,7 @@ def heuristic(problem: DecodeProblem, device: Device, rows: int | None = None) -
 
 def programs_per_sm(problem: DecodeProblem, device: Device) -> int:
     """Programs that are resident on an SM together, as far as the schedule counts on it."""
-    problem = as_cut(problem)
+    problem = problem.as_planned()
     config = heuristic(problem, device)
     # A request of one row tile has so little work, alone, that a second program only lengthens the
     # merge. More than four warps with all their registers leave no room for a second program.
