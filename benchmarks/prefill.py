@@ -136,7 +136,7 @@ def make_inputs(cell: Cell, device: torch.device, seed: int = 0) -> list[Inputs]
 
 
 def our_calls(
-    rotation: Sequence[Inputs], impl: str | None = None
+    rotation: Sequence[Inputs], impl: str | None = None, **options: Any
 ) -> list[Callable[[], AttentionState]]:
     cell, device = rotation[0].cell, rotation[0].q.device
     out = torch.empty(cell.tokens, cell.heads, cell.value, dtype=torch.bfloat16, device=device)
@@ -155,6 +155,7 @@ def our_calls(
             impl=impl,
             out=out,
             lse=lse,
+            **options,
         )
 
     return [call_on(inputs) for inputs in rotation]

@@ -73,6 +73,7 @@ def record(
         return 2
     figures = {"header": header(f"python benchmarks/{name}", protocol)} | measure()
     if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(figures, indent=2) + "\n")
     print("\n".join(lines(figures)))
     return 0

@@ -4,8 +4,8 @@
 #   benchmarks/run_gpu.sh OUTPUT_DIRECTORY [STEP...]
 #
 # Steps, all of them by default and in this order: info check tests prefill merge cache tuning
-# sm8x bench bench_prefill bench_merge bench_append bench_chunked bench_quantised tune first_call
-# sanitizer soak bounds suite. Each has a time limit (LIMIT_<STEP>, in seconds), its log is
+# sm8x bench bench_prefill bench_merge bench_append bench_chunked bench_quantised bench_invariant
+# tune first_call sanitizer soak bounds suite. Each has a limit (LIMIT_<STEP>, seconds), its log is
 # OUTPUT_DIRECTORY/<step>.log, and a step that fails stops none of the others. PYTHON names the
 # interpreter; PYTEST_ARGS (such as "-n 8", to compile on several cores), BENCH_ARGS and SOAK_ARGS
 # (such as "--seconds 300 --jobs 8") are handed on.
@@ -20,8 +20,8 @@ output=$1
 shift
 steps=("$@")
 [ ${#steps[@]} -gt 0 ] || steps=(info check tests prefill merge cache tuning sm8x bench \
-    bench_prefill bench_merge bench_append bench_chunked bench_quantised tune first_call sanitizer \
-    soak bounds suite)
+    bench_prefill bench_merge bench_append bench_chunked bench_quantised bench_invariant tune \
+    first_call sanitizer soak bounds suite)
 
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -49,6 +49,7 @@ command_of() {
     bench_append) echo "$python benchmarks/append.py --output '$output/append.json'" ;;
     bench_chunked) echo "$python benchmarks/chunked.py --output '$output/chunked.json'" ;;
     bench_quantised) echo "$python benchmarks/quantised.py --output '$output/quantised.json'" ;;
+    bench_invariant) echo "$python benchmarks/invariant.py --output '$output/invariant.json'" ;;
     tune) echo "$python benchmarks/tune.py --output '$output/tune.json'" ;;
     first_call) echo "$python benchmarks/first_call.py --output '$output/first_call.json'" ;;
     sanitizer) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_sanitizer.py" ;;
@@ -80,6 +81,7 @@ limit_of() {
     bench_append) echo "${!own:-240}" ;;
     bench_chunked) echo "${!own:-300}" ;;
     bench_quantised) echo "${!own:-240}" ;;
+    bench_invariant) echo "${!own:-180}" ;;
     tune) echo "${!own:-300}" ;;
     first_call) echo "${!own:-300}" ;;
     sanitizer) echo "${!own:-900}" ;;

@@ -9,7 +9,7 @@ import torch
 
 from mla_triton import configs, select
 from mla_triton.device import Device
-from mla_triton.plan import Geometry, schedule
+from mla_triton.plan import Geometry, cdiv, fixed_piece, schedule
 from mla_triton.problem import DecodeProblem, MergeProblem, PrefillProblem, Storage
 from mla_triton.problem_cache import AppendProblem, CopyProblem, GatherProblem
 
@@ -137,9 +137,11 @@ def _schedule_facts(problem: DecodeProblem, geometry: Geometry, kv_len: int) -> 
     made = schedule(lengths, [problem.mean_s_q] * problem.batch, problem.heads, geometry)
     used = sum((p.first_group, p.first_tile) != (p.last_group, p.last_tile) for p in made.parts)
     splits = [group.splits for group in made.groups]
+    tile = geometry.kv_tile
     return {
         "groups": len(made.groups),
         "splits": max(splits, default=0),
+        "fixed_piece": tile * fixed_piece(cdiv(kv_len, tile), tile) if geometry.fixed else None,
         "parts_used": used,
         "merged_groups": sum(n > 1 for n in splits),
     }
@@ -163,11 +165,14 @@ def lines(facts: dict[str, Any]) -> list[str]:
     ]
     if facts["config"] is not None:
         geometry, made = facts["geometry"], facts["schedule"]
+        pieces = f"{made['splits']} pieces"
+        if made["fixed_piece"]:
+            pieces += f" of {made['fixed_piece']} keys, whatever the batch"
         text += [
             f"geometry  tiles of {geometry['kv_tile']} keys x {geometry['row_tile']} rows; "
             f"{geometry['parts']} parts x {geometry['lanes']} lanes = "
             f"{geometry['programs']} programs",
-            f"schedule  {made['groups']} groups of rows, each in up to {made['splits']} pieces: "
+            f"schedule  {made['groups']} groups of rows, each in up to {pieces}: "
             f"{made['parts_used']} parts have work, {made['merged_groups']} groups are merged",
         ]
     return text + _others(facts)

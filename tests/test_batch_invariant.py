@@ -36,13 +36,14 @@ def choice(problem: DecodeProblem, device: devices.Device) -> tuple:
 
 
 def choices(plain: DecodeProblem, device: devices.Device, **known: int) -> set[tuple]:
-    """Of batches of all sizes, lengths, page sizes and, where they are ragged, query tokens."""
+    """Of batches of all sizes, lengths, page tables and, where they are ragged, query tokens."""
     found = set()
     mean = (1, 3, 100) if plain.s_q is None else (plain.s_q,)
-    for batch, page_size, s_q, length in product(BATCHES, (1, 16, 64), mean, (100, 100_000)):
+    tables = ((1, False), (16, True), (64, False), (64, True))
+    for batch, (page_size, csr), s_q, length in product(BATCHES, tables, mean, (100, 100_000)):
         problem = replace(
             plain, batch=batch, queries=batch * s_q, page_size=page_size, page_slots=page_size,
-            max_kv_len=length, **known,
+            csr=csr, max_kv_len=length, **known,
         )  # fmt: skip
         found.add(choice(problem, device))
     return found

@@ -110,6 +110,26 @@ def test_explain_the_cpu(capsys):
     assert "TRITON_INTERPRET=1" in capsys.readouterr().out
 
 
+def test_explain_what_no_batch_changes(capsys):
+    """A tuned row is not asked, and pieces are of a request's own length."""
+    options = ["explain", "--capability", "9.0", "--gpu", "NVIDIA H200", "--kv-len", "16384"]
+    for batch in ("1", "200"):
+        facts = answer(capsys, *options, "--batch", batch, "--batch-invariant")
+        assert facts["config"]["source"] == "heuristic"
+        assert facts["config"]["blocks"] == 1
+        assert (facts["schedule"]["splits"], facts["schedule"]["fixed_piece"]) == (8, 2048)
+    assert answer(capsys, *options)["schedule"]["fixed_piece"] is None
+    assert cli.main([*options, "--batch-invariant"]) == 0
+    out = capsys.readouterr().out
+    assert "in a dense table, batch-invariant\n" in out
+    assert "each in up to 8 pieces of 2048 keys, whatever the batch: " in out
+    prompts = ["explain", "--capability", "9.0", "--prefill", "--batch", "4", "--s-q", "3"]
+    tile = answer(capsys, *prompts, "--batch-invariant")["problem"]["usual_queries"]
+    assert tile == 128 > answer(capsys, *prompts)["problem"]["usual_queries"]
+    assert cli.main([*prompts, "--batch-invariant"]) == 0
+    assert "keys in all, causal, batch-invariant\n" in capsys.readouterr().out
+
+
 def test_explain_a_model(capsys):
     facts = answer(capsys, "explain", "--capability", "8.9", "--model", "deepseek-v3", "--tp", "8")
     assert facts["problem"]["heads"] == 16

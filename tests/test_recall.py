@@ -130,6 +130,7 @@ OPTIONS = {
     "max_kv_len": {"max_kv_len": 64},
     "impl": {"impl": "portable"},
     "allow_tf32": {"allow_tf32": True},
+    "batch_invariant": {"batch_invariant": True},
 }
 
 
@@ -143,6 +144,24 @@ def test_other_options_go_through_the_checks(launches, operator_calls, change):
     for changed in ({}, change):
         mla_triton.decode(*arguments, **(options | changed))
     assert len(operator_calls) == 2
+
+
+def test_a_batch_invariant_call_is_made_again_by_its_own_launches(launches, operator_calls):
+    """Whatever lengths are on the device by then: parts are as many as the bound needs."""
+    first = inputs(kv_lens=(3000, 0, 5))
+    call(first, batch_invariant=True)
+    call(first)
+    fixed, usual = launches[:3], launches[3:]
+    assert [name for name, _ in fixed] == [name for name, _ in usual]
+    launches.clear()
+    second = replace(
+        inputs(kv_lens=(3000, 0, 5), seed=1), kv_lens=torch.tensor([7, 3000, 64]).int()
+    )
+    state = call(second, batch_invariant=True)
+    assert len(operator_calls) == 2
+    assert [name for name, _ in launches] == [name for name, _ in fixed]
+    assert addresses(*state) <= set(dict(launches)["combine_kernel"])
+    assert launches[0][1][0] == second.kv_lens.data_ptr()
 
 
 def test_a_plan_of_another_cut_goes_through_the_checks(launches, operator_calls):

@@ -370,6 +370,7 @@ def descriptions(draw: st.DrawFn) -> dict[str, Any]:
         "queries": draw(st.sampled_from([*QUERIES, list(QUERIES)])),
         "ragged": draw(st.booleans()),
         "causal": draw(st.booleans()),
+        "batch_invariant": draw(st.booleans()),
     }
 
 

@@ -50,8 +50,8 @@ def decode_attention_fwd(
         req_to_token: `[batch, max_pages]` page ids; int32 is read as it is, int64 converted.
         b_seq_len: `[batch]` keys of each request, likewise.
         attn_logits: not needed.
-        num_kv_splits: 1, which is what vLLM passes in its batch-invariant mode, asks for a result
-            of each request that does not depend on the others, bit for bit (`batch_invariant` of
+        num_kv_splits: 1, which vLLM passes in its batch-invariant mode, asks for results that do
+            not depend on the other requests, bit for bit (`batch_invariant` of
             `mla_triton.decode`). Any other number is not looked at.
         k_scale, v_scale: scales of FP8 caches; of others they are not applied.
 

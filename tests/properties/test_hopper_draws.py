@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import decodes
 import prefills
@@ -21,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ways import Way
 
+import mla_triton
 from mla_triton import AttentionState, select
 from mla_triton import device as devices
 from mla_triton.testing import problem_of
@@ -52,7 +54,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
             execution: Execution,
             right: Callable[..., AttentionState] = right,
             why_not: Callable[[Any], str | None] = why_not,
-            plan: None = None,
+            plan: mla_triton.Plan | None = None,
             **options: Any,
         ) -> AttentionState:
             assert execution.impl == "sm90"
@@ -65,7 +67,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
                 monkeypatch.setattr(module, "run", run)
     for module in (decodes, *MODULES):
         if "plan_of" in vars(module):
-            monkeypatch.setattr(module, "plan_of", lambda *_, **__: None)
+            monkeypatch.setattr(module, "plan_of", lambda *_, **__: Mock(spec=mla_triton.Plan))
     refused = REASONS[decodes]
     monkeypatch.setattr(decodes, "is_refused", lambda inputs, _: refused(inputs) is not None)
     monkeypatch.setattr(prefills.devices, "current", lambda: HOPPER)
