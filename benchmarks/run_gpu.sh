@@ -5,9 +5,10 @@
 #
 # Steps, all of them by default and in this order: info check tests prefill merge cache tuning
 # sm8x bench bench_prefill bench_merge bench_append bench_chunked bench_quantised tune first_call
-# sanitizer suite. Each has a time limit (LIMIT_<STEP>, in seconds), its log is
+# sanitizer soak bounds suite. Each has a time limit (LIMIT_<STEP>, in seconds), its log is
 # OUTPUT_DIRECTORY/<step>.log, and a step that fails stops none of the others. PYTHON names the
-# interpreter; PYTEST_ARGS (such as "-n 8", to compile on several cores) and BENCH_ARGS are handed on.
+# interpreter; PYTEST_ARGS (such as "-n 8", to compile on several cores), BENCH_ARGS and SOAK_ARGS
+# (such as "--seconds 300 --jobs 8") are handed on.
 set -u
 
 cd "$(dirname "$0")/.."
@@ -20,7 +21,7 @@ shift
 steps=("$@")
 [ ${#steps[@]} -gt 0 ] || steps=(info check tests prefill merge cache tuning sm8x bench \
     bench_prefill bench_merge bench_append bench_chunked bench_quantised tune first_call sanitizer \
-    suite)
+    soak bounds suite)
 
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -51,6 +52,9 @@ command_of() {
     tune) echo "$python benchmarks/tune.py --output '$output/tune.json'" ;;
     first_call) echo "$python benchmarks/first_call.py --output '$output/first_call.json'" ;;
     sanitizer) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_sanitizer.py" ;;
+    soak) echo "$python tests/gpu/soak.py ${SOAK_ARGS:---seconds 300 --jobs 8}" ;;
+    bounds) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/gpu/test_bounds_gpu.py \
+        tests/gpu/test_steady_gpu.py tests/gpu/test_soak_gpu.py" ;;
     suite) echo "$python -m pytest -q ${PYTEST_ARGS:-} tests/test_operators.py \
         tests/test_prefill_operators.py tests/test_merge.py tests/test_merge_operators.py \
         tests/test_append.py tests/test_gather.py tests/test_copy_pages.py tests/test_formats.py \
@@ -78,7 +82,9 @@ limit_of() {
     bench_quantised) echo "${!own:-240}" ;;
     tune) echo "${!own:-300}" ;;
     first_call) echo "${!own:-300}" ;;
-    sanitizer) echo "${!own:-600}" ;;
+    sanitizer) echo "${!own:-900}" ;;
+    soak) echo "${!own:-600}" ;;
+    bounds) echo "${!own:-300}" ;;
     suite) echo "${!own:-900}" ;;
     esac
 }

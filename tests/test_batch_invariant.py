@@ -1,6 +1,6 @@
 """In batch-invariant mode nothing that decides on bits knows of the batch.
 
-`tests/properties/test_batch_invariant.py` compares results; here it is what they are made by, for
+`tests/properties/test_batch_properties.py` compares results; here it is what they are made by, for
 cards that are not here.
 """
 

@@ -13,7 +13,7 @@ from mla_triton.cache import named
 from mla_triton.cache.formats import E4M3
 from mla_triton.kernels.common.launch import Variant, View
 from mla_triton.kernels.common.tensors import DecodeTensors
-from mla_triton.kernels.sm90 import decode, decode_config, quantised_groups
+from mla_triton.kernels.sm90 import decode, quantised_groups
 from mla_triton.kernels.sm90.decode import Config
 from mla_triton.plan import Geometry
 from mla_triton.problem import DecodeProblem, Storage
@@ -56,16 +56,14 @@ PROBLEMS = {
     "groups, ragged": grouped(s_q=None, causal=True, csr=True, page_size=128),
     "groups, pages of 16": grouped(page_size=16),
     "groups, pages of 32": grouped(20, page_size=32),
-    "groups, 64 rows": grouped(64),
-    "groups, 64 rows, ragged": grouped(40, s_q=None, causal=True, csr=True, page_size=16),
+    "groups, two programs side by side": grouped(40, s_q=None, causal=True, csr=True, page_size=16),
 }
 SPILLED = {
     "64 rows": 256,
     "narrow": 256,
     "groups, 32 rows": 160,
     "groups, pages of 32": 160,
-    "groups, 64 rows": 256,
-    "groups, 64 rows, ragged": 320,
+    "groups, two programs side by side": 192,
 }
 """Bytes of stack a thread: 64 rows take more registers than there are, and so do 32 with two more
 accumulators of scores; those of them are read once a block, and never written there."""
@@ -104,7 +102,7 @@ def ptx_of(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    return compilation.side_by_side(ptx_of, ["16 rows", "groups", "groups, 64 rows"])
+    return compilation.side_by_side(ptx_of, ["16 rows", "groups"])
 
 
 @pytest.fixture
@@ -145,15 +143,6 @@ def test_bytes_of_groups_become_operands_in_registers(grouped_ptx):
     assert grouped_ptx.count(f"{product}.f16.f16") == 32
     assert grouped_ptx.count(f"{product}.bf16.bf16") == 4 + 32
     assert grouped_ptx.count("wgmma.mma_async") == 32 + 4 + 32
-
-
-def test_64_rows_take_blocks_of_64_keys(texts):
-    """Scores of half of the queries for each warpgroup; of the output 64 columns at a time."""
-    product = "wgmma.mma_async.sync.aligned.m64n"
-    assert texts[2].count(f"{product}32k16.f32.f16.f16") == 32
-    assert texts[2].count(f"{product}32k16.f32.bf16.bf16") == 4
-    assert texts[2].count(f"{product}64k16.f32.bf16.bf16") == 16
-    assert texts[2].count("wgmma.mma_async") == 32 + 4 + 16
 
 
 def halves(words: torch.Tensor) -> torch.Tensor:
@@ -258,23 +247,19 @@ def test_it_comes_first_with_a_tile_for_the_rows(heads, rows):
     assert decode.geometry(given, CARD).row_tile == rows
 
 
-@pytest.mark.parametrize("most", [32, 64])
-@pytest.mark.parametrize("heads", [1, 16, 17, 33, 128])
-def test_groups_have_so_many_rows_at_most(heads, most, monkeypatch):
-    monkeypatch.setattr(decode_config, "GROUPED_ROWS", most)
+@pytest.mark.parametrize(("heads", "rows"), [(1, 16), (16, 16), (17, 32), (33, 32), (128, 32)])
+def test_groups_have_so_many_rows_at_most(heads, rows):
     given = grouped(heads)
     assert select.name_decode(given, CARD)[0] == "sm90"
     made = decode.geometry(given, CARD)
-    rows = next(rows for rows in (16, 32, 64) if heads <= rows or rows == most)
     assert (made.row_tile, made.lanes) == (rows, -(-heads // rows))
     assert dict(variant(given).constants)["ROWS"] == rows
 
 
-@pytest.mark.parametrize(("make", "most"), [(problem, 64), (grouped, 32), (grouped, 64)])
+@pytest.mark.parametrize(("make", "most"), [(problem, 64), (grouped, 32)])
 @pytest.mark.parametrize("heads", [4, 16, 32, 128])
 @pytest.mark.parametrize("impl", ["sm90", "portable"])
-def test_it_follows_every_plan_that_knows_no_storage(impl, heads, make, most, monkeypatch):
-    monkeypatch.setattr(decode_config, "GROUPED_ROWS", most)
+def test_it_follows_every_plan_that_knows_no_storage(impl, heads, make, most):
     given = make(heads)
     planned = replace(given, storage=None).as_planned()
     if impl == "portable":

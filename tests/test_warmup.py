@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -252,6 +253,24 @@ def test_what_is_gone_is_named_and_made_again(verifying, capsys):
     assert out.startswith(f"{kernels} kernels for 8.9: 1 compiled, {kernels - 1} found, in ")
     assert out.endswith(f" MB in {directory}\n")
     assert cli.main(["warmup", *asking]) == 0
+
+
+def test_two_processes_warm_up_one_directory(tmp_path, rowless):
+    """At once, from nothing: what each compiles the other may be writing."""
+    description = {"heads": 16, "queries": "joined", "max_batch": 1, "max_len": 512}
+    words = "--heads 16 --queries joined --max-batch 1 --max-len 512 --capability 8.0 --json"
+    asked = ["warmup", *words.split(), "--processes", "1", "--cache", str(tmp_path)]
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: command(*asked), range(2)))
+    for ran in both:
+        assert ran.returncode == 0, ran.stderr
+        assert json.loads(ran.stdout)["missing"] == []
+    warmed = [Warmed(**json.loads(ran.stdout)) for ran in both]
+    assert sum(one.compiled for one in warmed) >= warmed[0].kernels == warmed[1].kernels > 1
+    assert list(tmp_path.rglob("tmp.*")) == []
+    told = serve(Ready("8.0", description, tmp_path, warmed[0]))
+    assert told["compiled"] == []
+    assert told["found"]
 
 
 def test_half_a_kernel_is_missing(ragged):

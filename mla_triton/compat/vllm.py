@@ -49,7 +49,10 @@ def decode_attention_fwd(
             keys has o 0 and lse -inf.
         req_to_token: `[batch, max_pages]` page ids; int32 is read as it is, int64 converted.
         b_seq_len: `[batch]` keys of each request, likewise.
-        attn_logits, num_kv_splits: not needed.
+        attn_logits: not needed.
+        num_kv_splits: 1, which is what vLLM passes in its batch-invariant mode, asks for a result of
+            each request that does not depend on the others, bit for bit (`batch_invariant` of
+            `mla_triton.decode`). Any other number is not looked at.
         k_scale, v_scale: scales of FP8 caches; of others they are not applied.
 
     Raises:
@@ -83,6 +86,7 @@ def decode_attention_fwd(
         softmax_scale=sm_scale,
         out=o.unsqueeze(1),
         lse=exact.unsqueeze(1),
+        batch_invariant=num_kv_splits == 1,
     )
     if exact is not lse:
         lse.copy_(exact)

@@ -9,6 +9,7 @@ import rival_calls
 import torch
 
 from mla_triton.compat import vllm
+from mla_triton.testing import decode_inputs
 
 SMALL = {"heads": 3, "latent": 128, "rope": 32}
 HALVES = [torch.float16, torch.bfloat16]
@@ -80,6 +81,28 @@ def test_scales_are_those_of_quantised_caches_alone():
     again = given | {"o": torch.zeros(2, 3, 128)}
     vllm.decode_attention_fwd(**again, k_scale=torch.tensor(0.5), v_scale=torch.tensor(0.5))
     assert torch.equal(again["o"], given["o"])
+
+
+@pytest.mark.parametrize("num_kv_splits", [1, 4])
+def test_one_split_is_asked_for_in_a_batch_invariant_engine(num_kv_splits, device):
+    """A long request among short ones, and alone."""
+    inputs = decode_inputs(
+        kv_lens=[3000, 40, 40, 40], heads=2, latent=128, rope=32, page_size=16,
+        dtype=torch.float32, device=device,
+    )  # fmt: skip
+    q = rival_calls.joined(inputs).squeeze(1)
+    k_buffer = inputs.cache.unsqueeze(2)
+
+    def run(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        o, lse = torch.empty(batch, 2, 128, device=device), torch.empty(batch, 2, device=device)
+        vllm.decode_attention_fwd(
+            q[:batch], k_buffer, k_buffer[..., :128], o, lse, inputs.page_table[:batch],
+            inputs.kv_lens[:batch], None, num_kv_splits, inputs.softmax_scale, 16,
+        )  # fmt: skip
+        return o[0], lse[0]
+
+    same = [torch.equal(alone, among) for alone, among in zip(run(1), run(4), strict=True)]
+    assert all(same) == (num_kv_splits == 1)
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,20 @@
 WAY is portable, sm90-1, sm90-2, prefill-portable, prefill-sm90, merge or cache.
 
 Memory comes straight from the driver (PYTORCH_NO_CUDA_MEMORY_CACHING=1), so that an access past the
-end of a tensor is one past the end of an allocation.
+end of a tensor is one past the end of an allocation. Prints the names of the kernels it launched.
 """
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
+# The modules that tests share lie there.
+sys.path.append(str(Path(__file__).parents[1]))
+
 import torch
+import triton
 from ways import WAYS, Way, forced, run
 
 from mla_triton import AttentionState, append, copy_pages, merge, prefill
@@ -24,6 +29,7 @@ from mla_triton.testing import (
     decode_inputs,
     gather_inputs,
     merge_inputs,
+    plan_of,
     prefill_inputs,
     same_bits,
 )
@@ -41,8 +47,16 @@ PORTABLE: tuple[dict[str, Any], ...] = (
     {"heads": 16, "dtype": torch.bfloat16, "layout": "pair", "strided": True},
     {"heads": 16, "dtype": torch.float16, "strided": 3},
     {"heads": 8, "dtype": torch.float32},
+    {"heads": 16, "dtype": torch.bfloat16, "kv_lens": (2000,)},
+    {"heads": 16, "dtype": torch.bfloat16, "parts": 9},
+    {"heads": 16, "dtype": torch.bfloat16, "batch_invariant": True},
+    {"heads": 16, "dtype": torch.bfloat16, "batch_invariant": True, "q_lens": (3, 1, 0, 33)},
     {"heads": 16, "dtype": torch.bfloat16, "stored": "fp8"},
+    {"heads": 128, "dtype": torch.float16, "stored": "fp8", "layout": "pair", "page_size": 1},
+    {"heads": 16, "dtype": torch.float16, "stored": "fp8_groups", "strided": True},
     {"heads": 5, "dtype": torch.bfloat16, "stored": "fp8_ds_mla", "page_size": 16},
+    {"heads": 16, "dtype": torch.bfloat16, "stored": "fp8_v4", "latent": 448, "value_dim": 512},
+    {"heads": 16, "dtype": torch.float16, "stored": "fp8_v41", "latent": 448, "value_dim": 512},
 )
 HOPPER: tuple[dict[str, Any], ...] = (
     {"heads": 16, "dtype": torch.bfloat16},
@@ -57,11 +71,23 @@ HOPPER: tuple[dict[str, Any], ...] = (
     {"heads": 128, "dtype": torch.bfloat16, "s_q": 2},
     {"heads": 16, "dtype": torch.float16, "q_lens": (3, 1, 0, 33)},
     {"heads": 20, "dtype": torch.bfloat16, "layout": "pair", "strided": 16},
-    {"heads": 16, "dtype": torch.bfloat16, "stored": "fp8"},
-    {"heads": 16, "dtype": torch.bfloat16, "stored": "fp8_ds_mla"},
-    {"heads": 40, "dtype": torch.bfloat16, "stored": "fp8_ds_mla", "page_size": 16, "s_q": 2},
+    {"heads": 128, "dtype": torch.bfloat16, "kv_lens": (2000,)},
+    {"heads": 128, "dtype": torch.bfloat16, "parts": 9},
+    {"heads": 128, "dtype": torch.bfloat16, "batch_invariant": True},
 )
-
+QUANTISED: tuple[dict[str, Any], ...] = (
+    {"heads": 16, "dtype": torch.bfloat16, "stored": "fp8"},
+    {"heads": 24, "dtype": torch.float16, "stored": "fp8", "layout": "pair", "page_size": 32},
+    {"heads": 128, "dtype": torch.bfloat16, "stored": "fp8", "table": "csr"},
+    {"heads": 40, "dtype": torch.bfloat16, "stored": "fp8", "rope": 0, "causal": False},
+    {"heads": 16, "dtype": torch.bfloat16, "stored": "fp8_ds_mla"},
+    {"heads": 24, "dtype": torch.bfloat16, "stored": "fp8_ds_mla", "q_lens": (1, 1, 0, 1)},
+    {"heads": 40, "dtype": torch.bfloat16, "stored": "fp8_ds_mla", "page_size": 16, "s_q": 2},
+    {"heads": 64, "dtype": torch.bfloat16, "stored": "fp8_groups"},
+    {"heads": 16, "dtype": torch.bfloat16, "stored": "fp8", "batch_invariant": True},
+    {"heads": 16, "dtype": torch.bfloat16, "stored": "fp8_ds_mla", "parts": 9},
+)
+"""Of tiles of 16, 32 and 64 rows each, for the Hopper kernel of e4m3 numbers; it has one form."""
 
 MERGES: tuple[dict[str, Any], ...] = (
     {"dtype": torch.bfloat16},
@@ -117,9 +143,15 @@ def cache_all() -> int:
 def decode_all(way: Way) -> int:
     """Decodes every problem of a way, and two whose lengths and page ids lie; how many."""
     problems = PORTABLE if way.impl == "portable" else HOPPER
+    if way.blocks == 1:
+        problems += QUANTISED
     for problem in problems:
-        inputs = decode_inputs(kv_lens=KV_LENS, **problem)
-        state = run(inputs.to("cuda"), way)
+        recipe = {"kv_lens": KV_LENS, **problem}
+        parts, fixed = recipe.pop("parts", None), recipe.pop("batch_invariant", False)
+        inputs = decode_inputs(**recipe)
+        there = inputs.to("cuda")
+        plan = None if parts is None else plan_of(there, way.impl, parts)
+        state = run(there, way, plan=plan, batch_invariant=fixed)
         assert_within_budget(AttentionState(*(tensor.cpu() for tensor in state)), inputs)
     for page_size in (64, 1):
         wrong = decode_inputs(
@@ -141,6 +173,7 @@ PREFILL: tuple[dict[str, Any], ...] = (
     {"dtype": torch.float16, "strided": 3},
     {"dtype": torch.bfloat16, "q_lens": (3, 0, 9, 1), "k_lens": (40, 5, 0, 70)},
     {"dtype": torch.float32},
+    {"dtype": torch.bfloat16, "batch_invariant": True},
 )
 PREFILL_SM90: tuple[dict[str, Any], ...] = (
     {"dtype": torch.bfloat16, "split_k": True},
@@ -149,6 +182,7 @@ PREFILL_SM90: tuple[dict[str, Any], ...] = (
     {"dtype": torch.bfloat16, "kv_heads": 2, "qk": 128, "causal": False},
     {"dtype": torch.bfloat16, "split_k": True, "strided": 16},
     {"dtype": torch.bfloat16, "q_lens": (3, 0, 9, 1), "k_lens": (40, 5, 0, 70)},
+    {"dtype": torch.bfloat16, "split_k": True, "batch_invariant": True},
 )
 
 
@@ -156,9 +190,11 @@ def prefill_all(impl: str) -> int:
     """The same for prefill, with offsets that lie at the end."""
     problems = PREFILL if impl == "portable" else PREFILL_SM90
     for problem in problems:
-        inputs = prefill_inputs(**({"q_lens": (130, 0, 65), "k_lens": (200, 9, 64)} | problem))
+        recipe = {"q_lens": (130, 0, 65), "k_lens": (200, 9, 64), **problem}
+        fixed = recipe.pop("batch_invariant", False)
+        inputs = prefill_inputs(**recipe)
         arguments, options = inputs.to("cuda").call_arguments()
-        state = prefill(*arguments, **options, impl=impl)
+        state = prefill(*arguments, **options, impl=impl, batch_invariant=fixed)
         assert_within_budget(AttentionState(*(tensor.cpu() for tensor in state)), inputs)
     arguments, options = prefill_inputs(q_lens=(300, 9), device="cuda").call_arguments()
     wrong = torch.tensor([-5, 2**31 - 1, 7], dtype=torch.int32, device="cuda")
@@ -168,6 +204,10 @@ def prefill_all(impl: str) -> int:
 
 
 def main(name: str) -> int:
+    launched: set[str] = set()
+    triton.knobs.runtime.launch_enter_hook.add(
+        lambda metadata: launched.add(metadata.get()["name"])
+    )
     if name == "merge":
         judged = merge_all()
     elif name == "cache":
@@ -178,6 +218,7 @@ def main(name: str) -> int:
         way = next(way for way in WAYS if str(way) == name)
         with forced(way):
             judged = decode_all(way)
+    print(f"launched: {' '.join(sorted(launched))}")
     print(f"{judged} problems judged")
     return 0
 

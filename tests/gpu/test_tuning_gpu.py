@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +175,20 @@ def test_a_process_that_serves_after_a_warm_up_compiles_nothing(tmp_path):
     assert served["calls"] == 72
     # So what is counted can be counted.
     assert served["outside"]
+
+
+def test_two_processes_that_tune_into_one_directory(tmp_path):
+    """At once, from nothing: both are right, one row is left, and a third finds all there is."""
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: child("tune", tmp_path), range(2)))
+    for told in both:
+        assert told["failed"] == 0
+        assert len(told["kept"]) == 1
+        assert told["row"] in [other["kept"][0] for other in both]
+    again = child("tune", tmp_path)
+    assert (again["skipped"], again["kept"], again["compiled"]) == (1, [], [])
+    assert again["row"] in [told["row"] for told in both]
+    files = [path.name for path in (tmp_path / "rows").rglob("*") if path.is_file()]
+    (kept,) = [name for name in files if not name.endswith(store.LOCK)]
+    assert kept.endswith(".json")
+    assert list((tmp_path / "triton").rglob("tmp.*")) == []

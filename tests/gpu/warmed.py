@@ -3,6 +3,8 @@
     python warmed.py warm     prints JSON: what was warmed up, and the kernels that were launched
     python warmed.py serve    prints JSON: kernels found and compiled, launchers built, by calls of
                               the deployment; and what a call outside of it compiles
+    python warmed.py tune     tunes a point and makes judged calls of it; prints JSON: what was
+                              kept, the row that is there then, kernels that were compiled
 
 Triton's cache is the one that the environment names, so that the two processes share it.
 """
@@ -18,6 +20,8 @@ import torch
 import triton
 
 import mla_triton
+from mla_triton import configs
+from mla_triton import device as devices
 from mla_triton.testing import assert_within_budget, decode_inputs, prefill_inputs
 from mla_triton.testing.problems import DecodeInputs
 
@@ -109,5 +113,24 @@ def serve() -> dict[str, Any]:
     return served | {"outside": compiled[len(served["compiled"]) :]}
 
 
+def tune() -> dict[str, Any]:
+    compiled: list[str] = []
+
+    def listen(*, metadata: dict[str, Any], cache_hit: bool, **_: Any) -> None:
+        if not cache_hit:
+            compiled.append(metadata["name"])
+
+    triton.knobs.compilation.listener = listen
+    tuned = mla_triton.tune(heads=16, batches=[1], lengths=[512], quiet=True)
+    for kv_lens in ([512], [300], [512, 70, 0, 2000]):
+        decode(decode_inputs(kv_lens=kv_lens, heads=16, device="cuda"))
+    prefill([300, 7], True, True)
+    (row,) = configs.store.read(devices.current()).rows
+    return {
+        "failed": len(tuned.failed), "kept": [outcome.row.config for outcome in tuned.outcomes],
+        "skipped": tuned.skipped, "row": row.config, "compiled": compiled,
+    }  # fmt: skip
+
+
 if __name__ == "__main__":
-    print(json.dumps({"warm": warm, "serve": serve}[sys.argv[1]]()))
+    print(json.dumps({"warm": warm, "serve": serve, "tune": tune}[sys.argv[1]]()))

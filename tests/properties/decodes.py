@@ -14,6 +14,7 @@ from ways import is_refused
 import mla_triton
 from mla_triton import AttentionState
 from mla_triton.testing import DecodeInputs, decode_inputs, plan_of
+from mla_triton.testing.decode_changes import page_size_of
 
 LONGEST = 3000 if COMPILED else 70
 """Keys of a request."""
@@ -51,6 +52,19 @@ def taken(execution: Execution) -> tuple[Shape, ...]:
     made = [decode_inputs(kv_lens=[1], device=DEVICE, **shape) for shape in SHAPES]
     pairs = zip(SHAPES, made, strict=True)
     return tuple(shape for shape, inputs in pairs if not is_refused(inputs, execution.way))
+
+
+def is_16_bit(shape: Shape) -> bool:
+    """Whether the cache has q's dtype; of a problem, its recipe is asked."""
+    return shape.get("stored", "16bit") == "16bit"
+
+
+def page_sizes(inputs: DecodeInputs, execution: Execution) -> list[int]:
+    """What its pages can be cut into, that the execution takes: at least what they are."""
+    whole = page_size_of(inputs)
+    # The Hopper kernel reads e4m3 in boxes of 16 keys and more.
+    least = 16 if execution.impl == "sm90" and not is_16_bit(inputs.recipe) else 1
+    return [whole, *(size for size in (32, 16, 1) if least <= size < whole and whole % size == 0)]
 
 
 @st.composite

@@ -27,7 +27,7 @@ import bounds
 import decodes
 import pytest
 import torch
-from decodes import DEVICE, problems, run
+from decodes import DEVICE, is_16_bit, problems, run
 from executions import Execution, examples, executions, merge, picking, reproduction
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,10 +52,6 @@ EXECUTIONS = executions(Way("sm90", 1), Way("sm90", 2))
 def execution(request: pytest.FixtureRequest) -> Iterator[Execution]:
     with request.param.in_force() as execution:
         yield execution
-
-
-def is_16_bit(shape) -> bool:
-    return shape.get("stored", "16bit") == "16bit"
 
 
 # -- bit for bit
@@ -146,10 +142,7 @@ def test_the_order_of_a_batch_in_several_parts(execution, data):
 @given(st.data())
 def test_the_page_size_does_not_matter(execution, data):
     inputs = data.draw(problems(execution, where=lambda shape: shape["page_size"] > 1))
-    # The Hopper kernel reads e4m3 in boxes of 16 keys and more.
-    boxes = execution.impl == "sm90" and not is_16_bit(inputs.recipe)
-    sizes = [n for n in (16, 32, 1) if changes.page_size_of(inputs) % n == 0 and n >= 16 * boxes]
-    size = data.draw(st.sampled_from(sizes))
+    size = data.draw(st.sampled_from(decodes.page_sizes(inputs, execution)))
     reproduction(inputs, f"repaged(inputs, {size})", execution)
     assert_within_budget(run(changes.repaged(inputs, size), execution), inputs)
 

@@ -25,7 +25,7 @@ OVERHEAD = 5
 """Cost of beginning a group (its queries, its first load, its result), in blocks."""
 QUANTISED_ROW_TILES = (16, 32, 64)
 """The same over a cache of e4m3 numbers, where the keys are a product's rows."""
-GROUPED_ROWS = 64
+GROUPED_ROWS = 32
 """Of a program at most with scales of groups. With 32 a schedule tile of 64 is two programs side by
 side: the same results in the same places, fewer registers, and bytes converted twice."""
 GROUP = 128

@@ -25,10 +25,10 @@ from mla_triton.kernels.sm90.gluon import (
 )
 from mla_triton.kernels.sm90.quantised_operands import (
     CHUNK,
+    KEYS,
+    WARPS_OF_KEYS,
     as_operand,
-    in_halves,
     key_bytes,
-    warps_of_keys,
 )
 
 WORDS = gl.constexpr(64)
@@ -42,7 +42,7 @@ def scale_numbers(keys):
     return gl.DistributedLinearLayout(
         [[0, 1], [0, 2], [8, 0]],
         [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]],
-        warps_of_keys(keys),
+        WARPS_OF_KEYS.value,
         [],
         [keys, 4],
     )
@@ -69,7 +69,7 @@ def load_scales(shared, slot, valid, block_keys):
 @gluon.jit
 def multiply_grouped_keys(
     shared, step, slot, zero, scales, factor, ROWS: gl.constexpr, GROUPS: gl.constexpr,
-    KEYS: gl.constexpr, LAYOUT: gl.constexpr,
+    LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Starts keys x queries^T of a block, `[keys, queries]`: (scores but for the last group, the
     products of that, which are under way).
@@ -83,7 +83,7 @@ def multiply_grouped_keys(
     product = warpgroup_mma(shared.rope.index(0), queries, scores, use_acc=False, is_async=True)
     for group in gl.static_range(GROUPS):
         part = shared.latent.index(slot).slice(group * CHUNK, CHUNK, dim=1)
-        keys = as_operand(part.load(key_bytes(CHUNK, KEYS)), LAYOUT)
+        keys = as_operand(part.load(key_bytes(CHUNK)), LAYOUT)
         queries = shared.query.index(zero + group).permute((1, 0))
         fresh = gl.zeros([KEYS, ROWS], gl.float32, LAYOUT)
         fresh = warpgroup_mma(keys, queries, fresh, use_acc=False, is_async=True)
@@ -95,39 +95,6 @@ def multiply_grouped_keys(
         else:
             scores += product * gl.expand_dims(scales[group - 1] * factor, 1)
         product = fresh
-    return scores, product
-
-
-@gluon.jit
-def multiply_grouped_key_halves(
-    shared, step, slot, zero, scales, factor, ROWS: gl.constexpr, GROUPS: gl.constexpr,
-    KEYS: gl.constexpr, LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """The same in products of half as many columns, with one accumulator less."""
-    HALF: gl.constexpr = CHUNK // 2
-    product = gl.zeros([KEYS, ROWS], gl.float32, LAYOUT)
-    mbarrier.wait(shared.rope_full.index(0), step & 1)
-    queries = shared.query_rope.index(zero).permute((1, 0))
-    product = warpgroup_mma(shared.rope.index(0), queries, product, use_acc=False, is_async=True)
-    scores = product
-    for group in gl.static_range(GROUPS):
-        part = shared.latent.index(slot).slice(group * CHUNK, CHUNK, dim=1)
-        halves = in_halves(part.load(key_bytes(CHUNK, KEYS)))
-        for half in gl.static_range(2):
-            keys = as_operand(halves[half], LAYOUT)
-            queries = shared.query.index(zero + group).slice(half * HALF, HALF, dim=1)
-            if half == 0:
-                # The sum of the group before this one is scaled before another takes its place.
-                product = warpgroup_mma_wait(0, deps=(product,))
-                if group == 0:
-                    mbarrier.arrive(shared.rope_empty.index(0), count=1)
-                    scores = product
-                else:
-                    scores += product * gl.expand_dims(scales[group - 1] * factor, 1)
-                product = gl.zeros([KEYS, ROWS], gl.float32, LAYOUT)
-            product = warpgroup_mma(
-                keys, queries.permute((1, 0)), product, use_acc=half > 0, is_async=True
-            )
     return scores, product
 
 
@@ -186,9 +153,7 @@ NaN already.
 
 
 @gluon.jit
-def grouped_value_operand(
-    shared, slot, turn, STEP: gl.constexpr, KEYS: gl.constexpr, LAYOUT: gl.constexpr
-):
+def grouped_value_operand(shared, slot, turn, STEP: gl.constexpr, LAYOUT: gl.constexpr):
     """latents^T of the 128 columns of a group of `STEP` keys of a block."""
     part = shared.words.index(slot).slice(turn // (KEYS // STEP) * WORDS, WORDS, dim=1)
     part = part.slice(turn % (KEYS // STEP) * STEP, STEP, dim=0)

@@ -16,6 +16,8 @@ CHUNK = gl.constexpr(128)
 """Columns of a latent that lie side by side in shared memory: the widest swizzle."""
 PAIR = gl.constexpr(256)
 """Columns of a latent that the two warpgroups multiply at once."""
+WARPS_OF_KEYS = gl.constexpr([[16, 0], [32, 0], [64, 0]])
+"""Whose rows of a product are which keys of a block."""
 TOP_EXPONENT = gl.constexpr(14)
 """Of the largest query of a row, once it is in float16."""
 
@@ -23,23 +25,17 @@ TOP_EXPONENT = gl.constexpr(14)
 
 
 @gluon.constexpr_function
-def key_bytes(columns, keys):
-    """A layout of `[keys, columns]` bytes of keys: a thread has a quarter of the columns of two
-    rows, 16 or 32 bytes side by side, which `as_operand` makes those that wgmma wants of it. 64
-    keys are the rows of a product of either warpgroup."""
+def key_bytes(columns):
+    """A layout of `[128, columns]` bytes of keys: a thread has a quarter of the columns of two
+    rows, 16 or 32 bytes side by side, which `as_operand` makes those that wgmma wants of it."""
     registers, column = [], 1
     while column < columns // 4:
         registers.append([0, column])
         column *= 2
     lanes = [[0, column], [0, 2 * column], [1, 0], [2, 0], [4, 0]]
     return gl.DistributedLinearLayout(
-        [*registers, [8, 0]], lanes, warps_of_keys(keys), [], [keys, columns]
+        [*registers, [8, 0]], lanes, WARPS_OF_KEYS.value, [], [KEYS.value, columns]
     )
-
-
-@gluon.constexpr_function
-def warps_of_keys(keys):
-    return [[16, 0], [32, 0], [64 if keys > 64 else 0, 0]]
 
 
 @gluon.jit

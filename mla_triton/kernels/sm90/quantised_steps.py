@@ -7,8 +7,7 @@ float16 there, and are multiplied: a tile of 16-bit numbers is never written. Th
 columns inside a product is free, as long as both operands have the same, and is chosen so that a
 thread's bytes lie side by side.
 
-Of a block of 128 keys each warpgroup scores 64, of one of 64 all for half of the queries; and then
-each has half of the latent's columns of all keys.
+Of a block of 128 keys each warpgroup scores 64, and then has half of the latent's columns of all.
 
 | barrier | who arrives | who waits | meaning |
 | --- | --- | --- | --- |
@@ -36,7 +35,6 @@ from mla_triton.kernels.sm90.quantised_groups import (
     group_as_rows_of_output,
     grouped_value_operand,
     load_scales,
-    multiply_grouped_key_halves,
     multiply_grouped_keys,
     store_scaled_weights,
 )
@@ -70,7 +68,6 @@ class Shared:
     rope: gl.shared_memory_descriptor
     scales: gl.shared_memory_descriptor
     weights: gl.shared_memory_descriptor
-    rescale: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
     rope_full: gl.shared_memory_descriptor
@@ -78,8 +75,8 @@ class Shared:
 
     @gluon.constexpr_function
     def __init__(
-        self, query, query_rope, latent, words, rope, scales, weights, rescale, full, empty,
-        rope_full, rope_empty,
+        self, query, query_rope, latent, words, rope, scales, weights, full, empty, rope_full,
+        rope_empty,
     ):  # fmt: skip
         self.query = query
         self.query_rope = query_rope
@@ -88,7 +85,6 @@ class Shared:
         self.rope = rope
         self.scales = scales
         self.weights = weights
-        self.rescale = rescale
         self.full = full
         self.empty = empty
         self.rope_full = rope_full
@@ -98,7 +94,7 @@ class Shared:
 @gluon.jit
 def load_bytes(
     call, shared, latent_map, rope_map, scale_map, rope_column, page_rows, num_pages,
-    VALUE: gl.constexpr, TAIL: gl.constexpr, GROUPS: gl.constexpr, KEYS: gl.constexpr,
+    VALUE: gl.constexpr, TAIL: gl.constexpr, GROUPS: gl.constexpr,
     SLOTS: gl.constexpr,
 ):  # fmt: skip
     """The loader: every key block of every group into the slots, as they become free."""
@@ -163,12 +159,12 @@ def multiply_keys(
     scores = gl.zeros([KEYS, ROWS], gl.float32, LAYOUT)
     if TAIL > 0:
         mbarrier.wait(shared.rope_full.index(0), step & 1)
-        keys = as_operand(shared.rope.index(0).load(key_bytes(TAIL, KEYS)), LAYOUT)
+        keys = as_operand(shared.rope.index(0).load(key_bytes(TAIL)), LAYOUT)
         queries = shared.query_rope.index(zero).permute((1, 0))
         scores = warpgroup_mma(keys, queries, scores, use_acc=False, is_async=True)
     for chunk in gl.static_range(VALUE // CHUNK):
         part = shared.latent.index(slot).slice(chunk * CHUNK, CHUNK, dim=1)
-        keys = as_operand(part.load(key_bytes(CHUNK, KEYS)), LAYOUT)
+        keys = as_operand(part.load(key_bytes(CHUNK)), LAYOUT)
         if TAIL > 0 and chunk == 0:
             scores = warpgroup_mma_wait(0, deps=(scores,)) * rope_ratio
             mbarrier.arrive(shared.rope_empty.index(0), count=1)
@@ -191,14 +187,14 @@ def multiply_key_halves(
     scores = gl.zeros([KEYS, ROWS], gl.float32, LAYOUT)
     if TAIL > 0:
         mbarrier.wait(shared.rope_full.index(0), step & 1)
-        keys = as_operand(shared.rope.index(0).load(key_bytes(TAIL, KEYS)), LAYOUT)
+        keys = as_operand(shared.rope.index(0).load(key_bytes(TAIL)), LAYOUT)
         queries = shared.query_rope.index(zero).permute((1, 0))
         scores = warpgroup_mma(keys, queries, scores, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=(scores,)) * rope_ratio
         mbarrier.arrive(shared.rope_empty.index(0), count=1)
     for chunk in gl.static_range(VALUE // CHUNK):
         part = shared.latent.index(slot).slice(chunk * CHUNK, CHUNK, dim=1)
-        halves = in_halves(part.load(key_bytes(CHUNK, KEYS)))
+        halves = in_halves(part.load(key_bytes(CHUNK)))
         for half in gl.static_range(2):
             keys = as_operand(halves[half], LAYOUT)
             queries = shared.query.index(zero + chunk).slice(half * HALF, HALF, dim=1)
@@ -212,12 +208,12 @@ def multiply_key_halves(
 
 @gluon.jit
 def value_operand(
-    shared, slot, turn, STEP: gl.constexpr, KEYS: gl.constexpr, GROUPS: gl.constexpr,
+    shared, slot, turn, STEP: gl.constexpr, GROUPS: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """latents^T of the next columns of `STEP` keys of a block: of 256, or of a group."""
     if GROUPS > 0:
-        return grouped_value_operand(shared, slot, turn, STEP, KEYS, LAYOUT)
+        return grouped_value_operand(shared, slot, turn, STEP, LAYOUT)
     else:
         part = shared.latent.index(slot).slice(turn // (KEYS // STEP) * PAIR, PAIR, dim=1)
         part = part.slice(turn % (KEYS // STEP) * STEP, STEP, dim=0)
@@ -277,14 +273,6 @@ def store_partial_rows(
     gl.store(addresses, values, mask=inside, eviction_policy="evict_last")
 
 
-@gluon.constexpr_function
-def scores_layout(keys, rows):
-    """Of `[keys, queries]`: a warpgroup has 64 of 128 keys, or half of the queries of 64 keys."""
-    if keys > 64:
-        return gl.NVMMADistributedLayout([3, 0], [8, 1], [16, rows, 16])
-    return gl.NVMMADistributedLayout([3, 0], [4, 2], [16, rows // 2, 16])
-
-
 @gluon.jit
 def sums_of_thread(weights):
     """Sums over the two keys of a block that are a thread's own, `[keys / 16, 8, queries]`."""
@@ -312,19 +300,18 @@ def attend(
     call, shared, q_nope, q_rope, scales, out, lse, partial_out, partial_lse, scale_log2,
     nope_stride_b, nope_stride_s, nope_stride_h, rope_stride_b, rope_stride_s, rope_stride_h,
     out_stride_b, out_stride_s, out_stride_h, lse_stride_b, lse_stride_s, lse_stride_h,
-    VALUE: gl.constexpr, TAIL: gl.constexpr, GROUPS: gl.constexpr, KEYS: gl.constexpr,
+    VALUE: gl.constexpr, TAIL: gl.constexpr, GROUPS: gl.constexpr,
     SLOTS: gl.constexpr, READY: gl.constexpr, STEP: gl.constexpr,
 ):  # fmt: skip
     """Both warpgroups."""
     ROWS: gl.constexpr = call.ROWS
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, ROWS, 16])
     WEIGHTS: gl.constexpr = shared.weights.layout
-    SCORES: gl.constexpr = scores_layout(KEYS, ROWS)
-    BY_ROW: gl.constexpr = gl.SliceLayout(0, SCORES)
+    BY_ROW: gl.constexpr = gl.SliceLayout(0, PRODUCT)
     TURNS: gl.constexpr = KEYS // STEP
     WIDTH: gl.constexpr = CHUNK if GROUPS > 0 else PAIR
     tile_rows = gl.arange(0, ROWS, BY_ROW)
-    block_keys = gl.arange(0, KEYS, gl.SliceLayout(1, SCORES))
+    block_keys = gl.arange(0, KEYS, gl.SliceLayout(1, PRODUCT))
     cuts = call.groups()
     if GROUPS > 0:
         is_zero = False
@@ -354,7 +341,7 @@ def attend(
         for _ in gl.static_range(VALUE // WIDTH):
             accumulators += (gl.zeros([WIDTH, ROWS], gl.float32, PRODUCT),)  # type: ignore
         running_max = gl.full([ROWS], LOWEST, gl.float32, BY_ROW)
-        sums = sums_of_thread(gl.zeros([KEYS, ROWS], gl.float32, SCORES))
+        sums = sums_of_thread(gl.zeros([KEYS, ROWS], gl.float32, PRODUCT))
         SUMS: gl.constexpr = sums.type.layout
         for block in range(begin_key, end_key, KEYS):
             slot = step % SLOTS
@@ -363,14 +350,9 @@ def attend(
             zero = block >> 31
             if GROUPS > 0:
                 key_scales = load_scales(shared, slot, end_key - block, block_keys)
-                if ROWS > 32:
-                    others, scores = multiply_grouped_key_halves(
-                        shared, step, slot, zero, key_scales, factor, ROWS, GROUPS, KEYS, SCORES
-                    )
-                else:
-                    others, scores = multiply_grouped_keys(
-                        shared, step, slot, zero, key_scales, factor, ROWS, GROUPS, KEYS, SCORES
-                    )
+                others, scores = multiply_grouped_keys(
+                    shared, step, slot, zero, key_scales, factor, ROWS, GROUPS, PRODUCT
+                )
             else:
                 if block + KEYS > end_key:
                     clear_past(shared, slot, end_key - block, VALUE)
@@ -386,7 +368,7 @@ def attend(
             ready = ()
             for turn in gl.static_range(READY):
                 ready += (  # type: ignore
-                    value_operand(shared, slot, turn, STEP, KEYS, GROUPS, PRODUCT),
+                    value_operand(shared, slot, turn, STEP, GROUPS, PRODUCT),
                 )
             scores = warpgroup_mma_wait(0, deps=(scores,))
             if GROUPS > 0:
@@ -410,13 +392,8 @@ def attend(
                 store_scaled_weights(shared, weights, key_scales, WEIGHTS)
             else:
                 shared.weights.index(0).store(weights.to(gl.float16))
-            if KEYS == HALF_KEYS:
-                shared.rescale.store(rescale)
             fence_async_shared()
             sync_threads()
-            if KEYS == HALF_KEYS:
-                # Each warpgroup has factors of half of the queries only.
-                rescale = shared.rescale.load(gl.SliceLayout(0, PRODUCT))
             results = ()
             for place in gl.static_range(VALUE // WIDTH):
                 accumulator = accumulators[place] * gl.expand_dims(rescale, 0)
@@ -424,7 +401,7 @@ def attend(
                     if turn < READY:
                         values = ready[turn]  # type: ignore
                     else:
-                        values = value_operand(shared, slot, turn, STEP, KEYS, GROUPS, PRODUCT)
+                        values = value_operand(shared, slot, turn, STEP, GROUPS, PRODUCT)
                     own = shared.weights.index(zero + place if GROUPS > 0 else zero)
                     part = own.slice(turn % TURNS * STEP, STEP, dim=0)
                     accumulator = warpgroup_mma(values, part, accumulator, is_async=True)

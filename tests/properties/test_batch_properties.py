@@ -4,6 +4,9 @@ Every example computes a batch, and another one that has some of its requests, i
 among others, elsewhere in the cache, in pages of another size and in a wider table. What both have
 computed is the same, by the same implementation: with pages of 1 the Hopper kernel does not take
 e4m3 keys, which is said by `impl` being refused, and sizes are drawn from those that it takes.
+
+Shapes are parameters and not drawn, so that each is tried. For what a kernel is compiled for there
+are as few of the rest as it takes: one number of query tokens, two page sizes.
 """
 
 from __future__ import annotations
@@ -17,8 +20,8 @@ import prefills
 import pytest
 import torch
 from decodes import DEVICE
-from executions import COMPILED, Execution, examples, executions, reproduction
-from hypothesis import given
+from executions import COMPILED, Execution, Shape, examples, executions, reproduction
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ways import Way
 
@@ -37,13 +40,44 @@ from mla_triton.testing import decode_changes as changes
 from mla_triton.testing.problems import int32
 
 PIECE = FIXED_LEAST * FIXED_UNIT
-LENGTHS = (0, 1, 63, 130, PIECE - 1, PIECE + 1, 2 * PIECE + 65)
-"""Keys of a request: those of one piece, of two and of three."""
+SHORT = (130, 0, 1, 63)
+LENGTHS = (PIECE + 1, *SHORT, PIECE - 1, 2 * PIECE + 65)
+"""Keys of a request: those of two pieces, of one and of three."""
 if COMPILED:
     LENGTHS += (4 * PIECE + 1, 20_000)
+FEW_HEADS = (5, 8, 16)
+"""Of the shapes that older cards' code, ragged queries and plans are tried with: all of the former
+is compiled anew by every process."""
 
 
-@pytest.fixture(scope="module", params=executions(Way("sm90")), ids=str)
+EXECUTIONS = executions(Way("sm90"))
+EVERY = [
+    (execution, shape)
+    for execution in EXECUTIONS
+    for shape in decodes.taken(execution)
+    if execution.label is None or shape["heads"] in FEW_HEADS
+]
+FEW = [pair for pair in EVERY if pair[0].label is None and pair[1]["heads"] in FEW_HEADS]
+PREFILLS = [
+    (execution, shape)
+    for execution in EXECUTIONS
+    for shape in prefills.taken(execution)[: 2 if execution.label else None]
+]
+EXAMPLES = settings(
+    max_examples=max(3 if COMPILED else 2, examples().max_examples // len(decodes.SHAPES))
+)
+
+
+def over(pairs: list[tuple[Execution, Shape]]) -> pytest.MarkDecorator:
+    """A test for each execution and shape."""
+    names = [
+        f"{execution} {'-'.join(map(str, shape.values()))}".replace("torch.", "")
+        for execution, shape in pairs
+    ]
+    return pytest.mark.parametrize(("execution", "shape"), pairs, ids=names, indirect=["execution"])
+
+
+@pytest.fixture(scope="module")
 def execution(request: pytest.FixtureRequest) -> Iterator[Execution]:
     with request.param.in_force() as execution:
         yield execution
@@ -64,26 +98,41 @@ def widened(inputs: DecodeInputs, by: int) -> DecodeInputs:
 
 
 @st.composite
-def long_problems(draw: st.DrawFn, execution: Execution, **options) -> DecodeInputs:
-    lengths = st.lists(st.sampled_from(LENGTHS), min_size=2, max_size=3)
-    shape = draw(st.sampled_from(decodes.taken(execution)))
-    seed = draw(st.integers(0, 2**16))
+def long_problems(draw: st.DrawFn, shape: Shape, s_q: int = 1) -> DecodeInputs:
+    # A thousand keys take a second in the interpreter: one request has them there.
+    others = st.sampled_from(LENGTHS if COMPILED else SHORT)
     return decode_inputs(
-        kv_lens=draw(lengths), seed=seed, device=DEVICE, **shape, **{"s_q": 1} | options
+        kv_lens=[
+            draw(st.sampled_from(LENGTHS)),
+            *draw(st.lists(others, min_size=1, max_size=2)),
+        ],
+        s_q=s_q,
+        seed=draw(st.integers(0, 2**16)),
+        device=DEVICE,
+        **shape,
     )
 
 
-@examples()
-@given(st.data())
-def test_a_request_of_a_decode_is_alone(execution, data):
-    inputs = data.draw(long_problems(execution, s_q=data.draw(st.sampled_from((1, 2)))))
+def is_half(shape: Shape) -> bool:
+    """float16, which is as good a way as any to tell shapes apart."""
+    return shape["dtype"] == torch.float16
+
+
+def page_sizes(inputs: DecodeInputs, execution: Execution) -> list[int]:
+    """Of one problem at most two."""
+    whole, *smaller = decodes.page_sizes(inputs, execution)
+    return [*smaller[:1], whole] if is_half(inputs.recipe) else [*smaller[-1:], whole]
+
+
+@over(EVERY)
+@EXAMPLES
+@given(data=st.data())
+def test_a_request_of_a_decode_is_alone(execution, shape, data):
+    inputs = data.draw(long_problems(shape, s_q=2 if is_half(shape) else 1))
     count = len(inputs.kv_lens)
-    order = data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=count + 1))
-    least = 16 if execution.impl == "sm90" and inputs.recipe.get("stored") else 1
-    whole = changes.page_size_of(inputs)
-    sizes = [size for size in (whole, 32, 16, 1) if whole % size == 0 and size >= least]
-    size = data.draw(st.sampled_from(sizes))
-    seed, by = data.draw(st.integers(0, 2**16)), data.draw(st.sampled_from((0, 1, 5000)))
+    order = data.draw(st.lists(st.integers(0, count - 1), min_size=1, unique=True))
+    size = data.draw(st.sampled_from(page_sizes(inputs, execution)))
+    seed, by = data.draw(st.integers(0, 2**16)), data.draw(st.sampled_from((1, 0, 5000)))
     change = f"widened(reordered(repaged(relocated(inputs, {seed}), {size}), {order}), {by})"
     reproduction(inputs, change, execution)
     moved = changes.repaged(changes.relocated(inputs, seed), size)
@@ -93,12 +142,13 @@ def test_a_request_of_a_decode_is_alone(execution, data):
     assert_within_budget(expected, inputs)
 
 
-@examples()
-@given(st.data())
-def test_ragged_queries_of_others_do_not_matter(execution, data):
+@over(FEW)
+@EXAMPLES
+@given(data=st.data())
+def test_ragged_queries_of_others_do_not_matter(execution, shape, data):
     """How many query tokens others have moves the average, by which tiles are chosen elsewhere."""
     tokens = data.draw(st.lists(st.sampled_from((1, 2, 9)), min_size=2, max_size=3))
-    inputs = data.draw(long_problems(execution, s_q=max(tokens)))
+    inputs = data.draw(long_problems(shape, s_q=max(tokens)))
     lengths, pages = inputs.kv_lens.tolist(), changes.pages_of(inputs)
     tokens = (tokens * len(lengths))[: len(lengths)]
     reproduction(inputs, f"each request alone, of {tokens} query tokens", execution)
@@ -121,10 +171,11 @@ def test_ragged_queries_of_others_do_not_matter(execution, data):
         first += count
 
 
-@examples()
-@given(st.data())
-def test_a_plan_changes_nothing(execution, data):
-    inputs = data.draw(long_problems(execution))
+@over(FEW)
+@EXAMPLES
+@given(data=st.data())
+def test_a_plan_changes_nothing(execution, shape, data):
+    inputs = data.draw(long_problems(shape))
     reproduction(inputs, "with a plan", execution)
     plan = plan_of(inputs, execution.impl, batch_invariant=True, max_kv_len=max(LENGTHS))
     assert_same_bits(
@@ -132,11 +183,15 @@ def test_a_plan_changes_nothing(execution, data):
     )
 
 
-@examples()
-@given(st.data())
-def test_a_sequence_of_a_prefill_is_alone(execution, data):
+@over(PREFILLS)
+@EXAMPLES
+@given(data=st.data())
+def test_a_sequence_of_a_prefill_is_alone(execution, shape, data):
     """Among long sequences, or short ones, for which tiles would be others."""
-    inputs = data.draw(prefills.problems(execution))
+    causal = not is_half(shape)
+    inputs = data.draw(
+        prefills.problems(execution, where=lambda other: other == shape, causal=(causal,))
+    )
     own = prefill_changes.spans(inputs.cu_seqlens_q)
     order = data.draw(st.lists(st.integers(0, len(own) - 1), min_size=1, max_size=len(own) + 1))
     reproduction(inputs, f"reordered(inputs, {order})", execution)
