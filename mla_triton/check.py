@@ -27,7 +27,9 @@ from mla_triton.testing import (
     MergeInputs,
     PrefillInputs,
     Report,
+    cache_results,
     compare,
+    compare_cache,
     decode_inputs,
     merge_inputs,
     plan_of,
@@ -40,6 +42,14 @@ LONG = (32768, 16384, *[2048] * 8, *[1024] * 12, *[512] * 8, 4097, 130, 65, 64, 
 """Keys of each request on a GPU: one holds a third of all, and one nothing."""
 SHORT = (150, 33, 1, 0)
 """Keys of each request in the interpreter."""
+
+
+CHOICES: dict[str, Callable[..., select.Selection]] = {
+    "append": select.append,
+    "gather": select.gather,
+    "copy_pages": select.copy_pages,
+}
+"""What chooses an implementation of an operation on a cache."""
 
 
 @dataclass(frozen=True)
@@ -360,10 +370,13 @@ def _judged_merge(case: MergeCase, row: Row, device: torch.device, bandwidth: fl
 
 
 def _judged_cache(case: CacheCase, row: Row, device: torch.device) -> Row:
-    call = case.prepared(device)
-    implementation, config = _chosen(call.choose, call.problem, devices.of(device))
-    fault = call.fault()
-    return replace(row, implementation=implementation, config=config, ok=not fault, message=fault)
+    inputs = case.inputs(device)
+    choose = CHOICES[case.operation]
+    implementation, config = _chosen(choose, cache_results.problem_of(inputs), devices.of(device))
+    report = compare_cache(cache_results.run(inputs), inputs)
+    return replace(
+        row, implementation=implementation, config=config, ok=report.ok, message=report.message
+    )
 
 
 def _with_report(row: Row, report: Report) -> Row:

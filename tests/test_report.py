@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
+from html import escape
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -18,6 +20,7 @@ from mla_triton import device as devices
 from mla_triton.report import cases, environment, examine, histogram, page, text
 from mla_triton.report.cases import Case
 from mla_triton.report.examine import Row
+from mla_triton.testing.caches import FORMS
 
 SPLITS = Case(
     "decode", "h2 64+16", "splits",
@@ -33,6 +36,24 @@ STRIDED = Case(
     "prefill", "h2 96, 64", "strided",
     {"q_lens": [5, 0], "k_lens": [9, 3], "heads": 2, "qk": 96, "v_dim": 64, "rope": 32,
      "dtype": torch.float32, "strided": True, "seed": 0},
+)  # fmt: skip
+FUSED = Case(
+    "append", "t9 fp8_v4", "norm, rope half",
+    {"form": "fp8_v4", "tokens": 9, "dtype": torch.bfloat16, "norm": torch.bfloat16,
+     "rotation": "half", "seed": 1},
+)  # fmt: skip
+PLAIN = Case(
+    "append", "t9 groups", "plain",
+    {"form": "groups", "tokens": 9, "dtype": torch.float16, "latent": 256, "seed": 1},
+)  # fmt: skip
+GATHER = Case(
+    "gather", "t13 pair", "strided",
+    {"form": "pair", "lengths": (9, 0, 4), "strided": 8, "latent": 64, "rope": 16,
+     "dtype": torch.bfloat16, "seed": 2},
+)  # fmt: skip
+COPY = Case(
+    "copy_pages", "p8 fp8_ds_mla", "to another cache",
+    {"form": "fp8_ds_mla", "apart": True, "dtype": torch.bfloat16, "seed": 0},
 )  # fmt: skip
 MEASURES = ["out", "out_rms", "lse"]
 
@@ -66,6 +87,168 @@ def test_every_implementation_is_computed(device):
         assert (row.config == "-") is (row.implementation == "reference")
         assert (row.config_source == "-") is (row.implementation == "reference")
         again(row)
+
+
+def test_what_is_left_in_a_cache_is_judged_by_bits_and_budgets(device):
+    rows = rows_of(device, FUSED, PLAIN, GATHER, COPY)
+    assert [(row.operation, row.implementation) for row in rows] == [
+        ("append", "portable"), ("append", "reference"), ("append", "portable"),
+        ("gather", "portable"), ("gather", "reference"),
+        ("copy_pages", "portable"), ("copy_pages", "reference"),
+    ]  # fmt: skip
+    for row in rows:
+        assert row.ok, row.message
+        assert row.is_exact is (row.call != "norm, rope half")
+        assert row.message == ("equal bits" if row.is_exact else "within budget")
+        assert (row.differing, row.differing_bytes) == (0, 0)
+        assert all(each.compared > 500 and not each.first for each in row.bits)
+        assert (row.config == "-") is (row.implementation == "reference")
+        again(row)
+    assert [[each.what for each in row.bits] for row in rows[1:4]] == [
+        ["outside of the slots that are written"],
+        ["of the cache and around it"],
+        ["of out", "of rope_out"],
+    ]
+    (stored,) = rows[0].measures
+    assert stored.name == "stored"
+    assert 0 < stored.ratio <= 1
+    assert stored.rows == sum(stored.histogram) == len(FUSED.inputs(device).written)
+    inputs = FUSED.inputs(device)
+    token, column = stored.where
+    assert stored.expected == inputs.exact()[inputs.written.tolist().index(token), column]
+    assert stored.text.startswith(f"stored[{token}, {column}] is ")
+
+
+def byte_of(memory: testing.CacheMemory, where: int) -> None:
+    """Flips a bit of a byte that lies so far behind the canaries before the cache."""
+    memory.buffers[0][256 + where] ^= 1
+
+
+def spoils_append(memory: testing.CacheMemory, inputs: testing.AppendInputs) -> None:
+    slot = int(inputs.slots[inputs.written[0]])
+    cache = memory.cache
+    cache.ckv.view(torch.uint8)[slot // 16, slot % 16, 3] ^= 0x80
+
+
+def spills_append(memory: testing.CacheMemory, inputs: testing.AppendInputs) -> None:
+    memory.buffers[0][-7] = 0
+
+
+def spills_rows(rows: tuple[torch.Tensor, torch.Tensor], inputs: testing.GatherInputs) -> None:
+    out, width = rows[0], rows[0].shape[1]
+    out.as_strided((width + 1,), (1,), out.storage_offset())[-1] = 0
+
+
+def spoils_rows(rows: tuple[torch.Tensor, torch.Tensor], inputs: testing.GatherInputs) -> None:
+    rows[1][11, 2] = 7.0
+
+
+def spoils_copy(memory: testing.CacheMemory, inputs: testing.CopyInputs) -> None:
+    byte_of(memory, 5 * 656 * 16 + 656 + 512)
+
+
+@pytest.mark.parametrize(
+    ("case", "spoil", "message"),
+    [
+        (FUSED, spoils_append,
+            r"stored\[\d, 3\] is .*, expected .*: its error .* is over its budget .* "
+            r"\(1 of \d tokens\)"),
+        (FUSED, spills_append,
+            r"1 of \d+ bytes outside of the slots that are written are not the reference's"),
+        (PLAIN, spoils_append,
+            r"1 of \d+ bytes of the cache and around it are not the reference's, first ckv"
+            r"\[\d, \d+, 3\]: .*, expected .*"),
+        (PLAIN, spills_append, r"1 of .* not the reference's, first where no token lies"),
+        (GATHER, spills_rows, r"2 of \d+ bytes of out are not .*, first between rows"),
+        (GATHER, spoils_rows,
+            r"\d of \d+ bytes of rope_out are not .*, first rope_out\[11, 2\]: 7, expected .*"),
+        (COPY, spoils_copy, r"1 of \d+ .* the reference's, first scales\[5, 1, 0\]: .*"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else None,
+)  # fmt: skip
+def test_a_byte_that_is_wrong_fails(monkeypatch, device, case, spoil, message):
+    right = testing.cache_results.run
+
+    def spoilt(inputs, impl=None):
+        result = right(inputs, impl)
+        spoil(result, inputs)
+        return result
+
+    monkeypatch.setattr(testing.cache_results, "run", spoilt)
+    row = rows_of(device, case)[0]
+    assert not row.ok
+    assert re.fullmatch(message, row.message), row.message
+    assert row.differing == 0
+    with pytest.raises(AssertionError, match=message):
+        again(row)
+    lines = list(text.lines([row]))
+    assert lines[0].startswith("FAILED ")
+    assert lines[1].strip() == row.message
+    if row.is_exact:
+        assert f" {row.differing_bytes} bytes differ " in lines[0]
+    made = page.page(environment.facts(), 0, 1, [row])
+    assert escape(row.message) in made
+    assert text.facts({}, 0, 1, [row], "cpu")["rows"][0]["bits"][0]["compared"] > 0
+
+
+def test_a_cache_that_is_not_the_same_twice_fails(monkeypatch, device):
+    right, calls = testing.cache_results.run, []
+
+    def drifts(inputs, impl=None):
+        result = right(inputs, impl)
+        calls.append(result)
+        if len(calls) % 2 == 0:
+            result[0][0, 0] += 1
+        return result
+
+    monkeypatch.setattr(testing.cache_results, "run", drifts)
+    row = rows_of(device, GATHER, repeats=3)[0]
+    assert row.message == "2 of 3 repeats have other bits than the first call"
+    calls.clear()
+    with pytest.raises(AssertionError, match="two runs are not the same"):
+        again(row)
+
+
+@pytest.mark.parametrize("case", [PLAIN, GATHER, COPY], ids=lambda case: case.operation)
+def test_what_a_cache_operation_reads_is_not_written(monkeypatch, device, case):
+    right = testing.cache_results.run
+    read = {"append": "latent", "gather": "cache", "copy_pages": "source"}[case.operation]
+
+    def writes(inputs, impl=None):
+        result = right(inputs, impl)
+        tensor = dict(testing.calls.tensors_of(inputs))[read]
+        memory = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+        memory.set_(tensor.untyped_storage())[0] ^= 1
+        return result
+
+    monkeypatch.setattr(testing.cache_results, "run", writes)
+    row = rows_of(device, case, repeats=0)[0]
+    assert f"{read} must be read only, and changed" in row.message
+
+
+def test_equal_bits_are_no_histogram(device):
+    exact, mixed = rows_of(device, PLAIN, COPY), rows_of(device, FUSED)
+    lines = list(text.lines(exact))
+    assert all(" equal bits " in line for line in lines if line.startswith("ok "))
+    assert text.verdict(exact) == (
+        "all 4 are the reference's to the bit, and the same in every repeat"
+    )
+    assert text.verdict([*exact, *mixed]) == (
+        "all 2 are within their error budgets, 4 are the reference's to the bit, and the same in "
+        "every repeat"
+    )
+    made = page.page(environment.facts(), 0, 1, exact)
+    assert "<svg" not in made
+    assert made.count("<code>equal bits</code>") == 4
+    assert made.count("bytes held against the reference's: equal bits.") == 2
+    made = page.page(environment.facts(), 0, 1, mixed)
+    # One of each row, and one of both together.
+    assert made.count("<svg") == 3
+    assert "stored numbers" in made
+    facts = text.facts({}, 0, 1, [*exact, *mixed], "cpu")
+    assert json.loads(json.dumps(facts)) == facts
+    assert [len(row["measures"]) for row in facts["rows"]] == [0, 0, 0, 0, 1, 1]
+    assert all(row["bits"][0]["differing"] == 0 for row in facts["rows"])
 
 
 def test_the_reference_is_computed_once(device):
@@ -178,6 +361,17 @@ def test_cases_cover_what_a_call_may_have(on_gpu):
         own = [case for case in todo if case.operation == operation]
         assert {case.dtype for case in own} == {"bfloat16", "float16", "float32"}
         assert any(case.options.get("strided") for case in own)
+    for operation in ("append", "gather", "copy_pages"):
+        own = [case for case in todo if case.operation == operation]
+        assert {case.options["form"] for case in own} == set(FORMS)
+        plain = [case for case in own if case.call == "page 16"]
+        assert {case.options["form"] for case in plain} == set(FORMS)
+    appends = [case.options for case in todo if case.operation == "append"]
+    for rotation in ("interleaved", "half"):
+        fused = [each for each in appends if each.get("norm") and each.get("rotation") == rotation]
+        assert {each["form"] for each in fused} == set(FORMS)
+    for one, other in (("norm", "rotation"), ("rotation", "norm")):
+        assert any(each.get(one) and not each.get(other) for each in appends)
     for words in ("ragged", "s_q 2", "splits", "no keys at all", "csr", "misaligned", "large"):
         assert any(words in case.call for case in decodes)
     assert max(len(case.parts) for case in decodes) >= 2

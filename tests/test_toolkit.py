@@ -220,6 +220,59 @@ def test_drawn_gathers_keep_their_restrictions(inputs):
     assert "tensor(" not in repr(inputs)
 
 
+# -- operations on a cache
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_our_operations_on_a_cache_are_correct(form, device):
+    for inputs in (
+        testing.append_inputs(form=form, norm=torch.bfloat16, rotation="half", device=device),
+        testing.append_inputs(form=form, dtype=torch.float16, device=device),
+        testing.gather_inputs(form=form, csr=True, device=device),
+        testing.copy_inputs(form=form, device=device),
+        testing.copy_inputs(form=form, apart=True, page_dtype=torch.int32, device=device),
+    ):
+        testing.assert_correct(inputs)
+        testing.assert_correct(inputs, lambda i: testing.run(i, impl="reference"), repeats=1)
+        with pytest.raises(
+            ValueError, match=r"^parts must be left out of all but a decode, got 2$"
+        ):
+            testing.run(inputs, parts=2)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_copies_are_of_some_pages_to_others(form, apart):
+    inputs = testing.copy_inputs(form=form, apart=apart, seed=3)
+    again = testing.copy_inputs(**inputs.recipe)
+    assert repr(again) == repr(inputs)
+    assert again.expected().differs(inputs.expected()) == 0
+    assert (inputs.source is inputs.target) is not apart
+    assert inputs.target_pages[0] < 0
+    assert inputs.source_pages[-1] > 2**31
+    # Whole pages of latents, of the pairs between the first and the last.
+    page = inputs.target.parts[0].of(inputs.target.buffers).view(torch.uint8)
+    moved = inputs.expected().parts[0].of(inputs.expected().buffers).view(torch.uint8)
+    source = inputs.source.parts[0].of(inputs.source.buffers).view(torch.uint8)
+    pairs = list(zip(inputs.source_pages.tolist(), inputs.target_pages.tolist(), strict=True))
+    assert len(pairs) == (8 if apart else 4)
+    expected = page.clone()
+    for one, other in pairs[1:-1]:
+        expected[other] = source[one]
+    assert torch.equal(moved, expected)
+    assert not torch.equal(moved, page)
+
+
+def test_a_gather_of_another_form_is_not_correct():
+    inputs = testing.gather_inputs(lengths=(3, 2))
+    out, rope_out = testing.run(inputs, impl="reference")
+    found = testing.compare_cache((out.float(), rope_out), inputs)
+    assert not found.ok
+    assert found.message.endswith("torch.float32 [8, 512], expected torch.bfloat16 [8, 512]")
+    assert not testing.compare_cache((out, None), inputs).ok
+    assert testing.compare_cache((out.clone(), rope_out.clone()), inputs).ok
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_cache_is_drawn(form):
     assert find(append_problems(), lambda i: i.memory.form == form).memory.form == form

@@ -11,15 +11,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mla_triton import check
+from mla_triton import check, check_cache
 from mla_triton.testing import decode_inputs, merge_inputs, prefill_inputs
 from mla_triton.testing.budget import Inputs
+from mla_triton.testing.cache_results import CacheInputs
+from mla_triton.testing.caches import FORMS
 from mla_triton.testing.problems import SERVED
 
-FACTORIES: dict[str, Callable[..., Inputs]] = {
+FACTORIES: dict[str, Callable[..., Inputs | CacheInputs]] = {
     "decode": decode_inputs,
     "prefill": prefill_inputs,
     "merge": merge_inputs,
+    **check_cache.FACTORIES,
 }
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HALF = DTYPES[:2]
@@ -40,6 +43,8 @@ class Size(NamedTuple):
     """Of prefills."""
     tokens: int
     """Of merges."""
+    cached: int
+    """Tokens of appends and gathers."""
 
 
 ON_GPU = Size(
@@ -52,6 +57,7 @@ ON_GPU = Size(
     q_lens=(300, 129, 0, 3, 64, 7),
     k_lens=(300, 700, 64, 0, 65, 5),
     tokens=300,
+    cached=2000,
 )
 INTERPRETED = Size(
     kv_lens=(97, 64, 1, 0),
@@ -63,6 +69,7 @@ INTERPRETED = Size(
     q_lens=(33, 5, 0, 3, 7),
     k_lens=(33, 40, 4, 0, 5),
     tokens=5,
+    cached=20,
 )
 
 
@@ -89,19 +96,21 @@ class Case:
         """What `--only` looks in."""
         return f"{self.operation} {self.shape} {self.dtype} {self.call}"
 
-    def inputs(self, device: torch.device) -> Inputs:
+    def inputs(self, device: torch.device) -> Inputs | CacheInputs:
         return FACTORIES[self.operation](**self.options, device=device)
 
     def code(self, device: torch.device) -> str:
         """The expression that makes the inputs."""
         words = [f"{name}={value!r}" for name, value in self.options.items()]
-        return f"{self.operation}_inputs({', '.join(words)}, device='{device.type}')"
+        factory = FACTORIES[self.operation].__name__
+        return f"{factory}({', '.join(words)}, device='{device.type}')"
 
 
 def cases(on_gpu: bool, seed: int = 0) -> list[Case]:
     """All problems, with values drawn from `seed`."""
     size = ON_GPU if on_gpu else INTERPRETED
     made = [*_models(on_gpu), *_decodes(size), *_prefills(size), *_merges(size)]
+    made += [*_appends(size), *_gathers(size), *_copies()]
     return [
         Case(operation, shape, call, {**options, "seed": seed}, parts)
         for operation, shape, call, options, parts in made
@@ -122,6 +131,10 @@ def _models(on_gpu: bool) -> Iterator[Row]:
         yield "prefill", prefill.shape, prefill.call, prefill.recipe(), WHOLE
     for merge in check.merges(on_gpu):
         yield "merge", merge.shape, merge.call, merge.recipe(), WHOLE
+    for cached in check_cache.caches(on_gpu):
+        # The operation stands before it.
+        shape = cached.shape.removeprefix(f"{cached.operation} ")
+        yield cached.operation, shape, cached.call, cached.recipe(), WHOLE
 
 
 def _decodes(size: Size) -> Iterator[Row]:
@@ -234,3 +247,67 @@ def _merges(size: Size) -> Iterator[Row]:
     yield row("all empty", bfloat16, empty=1.0)
     yield row("strided", bfloat16, strided=True)
     yield row("7 columns", float16, value_dim=7)
+
+
+def _appends(size: Size) -> Iterator[Row]:
+    def row(call: str, form: str, **changes: Any) -> Row:
+        tokens = changes.get("tokens", size.cached)
+        options = {"form": form, "tokens": tokens, "pages": tokens // 16 + 3}
+        options |= {"dtype": torch.bfloat16, **changes}
+        return "append", f"t{tokens} {form}", call, options, WHOLE
+
+    bfloat16, float16, float32 = DTYPES
+    for form in FORMS:
+        yield row("norm, rope interleaved", form, norm=bfloat16, rotation="interleaved")
+        yield row("norm, rope half", form, norm=float32, rotation="half", angles=bfloat16)
+        yield row("plain", form, dtype=float16, cache_dtype=bfloat16)
+        yield row("plain", form, dtype=float32, cache_dtype=float32)
+    for form in ("pair", "one", "fp8_ds_mla", "fp8_v41"):
+        yield row("norm", form, norm=bfloat16)
+        yield row("rope half", form, rotation="half")
+        yield row("norm, rope half", form, dtype=float16, norm=float16, rotation="half")
+    for form in ("groups", "fp8_ds_mla"):
+        yield row("any float32 scales", form, power_of_two=False)
+        yield row("norm, any float32 scales", form, power_of_two=False, norm=bfloat16)
+    for form in ("fused", "one pair", "groups"):
+        yield row("strided", form, strided=True)
+        yield row("misaligned", form, strided=1, norm=bfloat16, rotation="interleaved")
+    for form in ("fused", "one", "fp8_v4"):
+        yield row("large numbers", form, scale=1000.0)
+        yield row("one token, int32 slots", form, tokens=1, slot_dtype=torch.int32)
+        yield row("no tokens", form, tokens=0)
+    for form in ("pair", "fp8_v4"):
+        yield row("page 1", form, page_size=1, pages=size.cached + 3)
+        yield row("page 48", form, page_size=48)
+
+
+def _gathers(size: Size) -> Iterator[Row]:
+    lengths = (size.cached // 2, 0, size.cached // 3, 1)
+
+    def row(call: str, form: str, dtype: torch.dtype, **changes: Any) -> Row:
+        options = {"form": form, "lengths": lengths, "page_size": 16, "dtype": dtype, **changes}
+        return "gather", f"t{sum(options['lengths'])} {form}", call, options, WHOLE
+
+    bfloat16, float16, float32 = DTYPES
+    for form in FORMS:
+        yield row("in float32", form, float32)
+    for form in ("pair", "one", "fp8_ds_mla", "fp8_v4"):
+        yield row("csr, later keys", form, bfloat16, csr=True, starts=(3, 0, 16, 1))
+        yield row("in float16", form, float16)
+        yield row("page 1", form, bfloat16, page_size=1)
+    for form in ("fused", "groups"):
+        yield row("strided", form, bfloat16, strided=8)
+        yield row("misaligned", form, float16, strided=1)
+    yield row("no keys at all", "fp8_v41", bfloat16, lengths=(0, 0))
+
+
+def _copies() -> Iterator[Row]:
+    def row(call: str, form: str, **changes: Any) -> Row:
+        options = {"form": form, "pages": 8, "page_size": 16, "dtype": torch.bfloat16, **changes}
+        return "copy_pages", f"p{options['pages']} {form}", call, options, WHOLE
+
+    for form in FORMS:
+        yield row("to another cache", form, apart=True)
+    for form in ("pair", "fp8_v4"):
+        yield row("page 1, int32 numbers", form, page_size=1, page_dtype=torch.int32)
+    yield row("one page", "fused", pages=1, apart=True)

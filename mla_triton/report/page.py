@@ -8,9 +8,13 @@ from typing import Any
 
 from mla_triton.report import environment, histogram
 from mla_triton.report.examine import Measure, Row
-from mla_triton.report.text import same, share, verdict
+from mla_triton.report.text import equality, same, share, verdict
+from mla_triton.testing.cache_results import Bits
 
-TITLES = {"out": "out, largest element", "out_rms": "out, root mean square", "lse": "lse"}
+TITLES = {
+    "out": "out, largest element", "out_rms": "out, root mean square", "lse": "lse",
+    "stored": "stored numbers",
+}  # fmt: skip
 """What a measure is called on the page."""
 
 STYLE = """
@@ -61,7 +65,8 @@ def page(found: dict[str, Any], seed: int, repeats: int, rows: Sequence[Row]) ->
         '<p class="note">A bar is a number of rows, (query, head) pairs, by the share of its error '
         "budget that a row has used: the dashed line is what is allowed. The bar furthest left has "
         "all below a thousandth and what is exact, the one furthest right all beyond a hundred "
-        "budgets, and NaN where there must be none.</p>",
+        "budgets, and NaN where there must be none. Of stored numbers a row is a token. What has "
+        "to be the reference's to the bit has no errors to draw: its bytes are counted.</p>",
         *(["<h2>What failed</h2>", *map(_case, failed)] if failed else []),
         *(["<h2>What is right</h2>", *map(_case, right)] if right else []),
         "</body></html>",
@@ -85,7 +90,13 @@ def _overview(rows: Sequence[Row]) -> Iterable[str]:
                 ]
                 worst = max(measure.ratio for measure in measures)
                 figures.append(_figure(name, together, f"largest share {share(worst)}"))
-        yield f'<div class="figures">{"".join(figures)}</div>'
+        if figures:
+            yield f'<div class="figures">{"".join(figures)}</div>'
+        compared = sum(each.compared for row in own for each in row.bits)
+        if compared:
+            differing = sum(row.differing_bytes for row in own)
+            said = f"{differing} differ" if differing else "equal bits"
+            yield f"<p>{compared} bytes held against the reference's: {said}.</p>"
 
 
 def _case(row: Row) -> str:
@@ -93,6 +104,8 @@ def _case(row: Row) -> str:
     parts = {None: "", 1: " in one part"}.get(row.parts, f" in {row.parts} parts")
     state = '<span class="ok">ok</span>' if row.ok else '<span class="failed">FAILED</span>'
     ratios = ", ".join(f"{m.name.replace('_', ' ')} {share(m.ratio)}" for m in row.measures)
+    if row.is_exact:
+        ratios = equality(row)
     head = f"{row.operation} {row.shape} {row.dtype}, {row.call}; {row.implementation}{parts}"
     body = [f"<summary>{state} {escape(head)} <code>{escape(ratios)}</code></summary>"]
     if not row.ok:
@@ -103,6 +116,9 @@ def _case(row: Row) -> str:
         figures = "".join(_figure(m.name, m.histogram, m.text) for m in row.measures)
         body.append(f'<div class="figures">{figures}</div>')
         body.append(f'<div class="scroll"><table>{"".join(_table(row.measures))}</table></div>')
+    if row.bits:
+        body.append(f'<div class="scroll"><table>{"".join(_bits(row.bits))}</table></div>')
+    if row.measures or row.bits:
         body.append(
             f"<p>Repeats with the bits of the first call: {same(row)}. Config: "
             f"{escape(row.config)} ({escape(row.config_source)}). {row.seconds:.2f} s.</p>"
@@ -116,12 +132,26 @@ def _table(measures: Iterable[Measure]) -> Iterable[str]:
     titles = ("measure", "share", "error", "budget", "worst at", "got", "expected", "rows over")
     yield "<tr>" + "".join(f"<th>{title}</th>" for title in titles) + "</tr>"
     for m in measures:
-        where = f"{m.name[:3]}{list(m.where)}" if m.where else "-"
         cells = (
-            TITLES[m.name], share(m.ratio), f"{m.error:.3g}", f"{m.budget:.3g}", where,
+            TITLES[m.name], share(m.ratio), f"{m.error:.3g}", f"{m.budget:.3g}", m.place,
             f"{m.got:.9g}", f"{m.expected:.9g}", f"{m.over} of {m.rows}",
         )  # fmt: skip
         yield "<tr>" + "".join(f'<td class="number">{escape(c)}</td>' for c in cells) + "</tr>"
+
+
+def _bits(found: Iterable[Bits]) -> Iterable[str]:
+    """A line for each kind of bytes that have to be the reference's."""
+    titles = ("to the bit", "bytes compared", "bytes that differ", "first")
+    yield "<tr>" + "".join(f"<th>{title}</th>" for title in titles) + "</tr>"
+    for each in found:
+        state = "failed" if each.differing else "ok"
+        said = str(each.differing) if each.differing else "equal bits"
+        yield (
+            f"<tr><td>bytes {escape(each.what)}</td>"
+            f'<td class="number">{each.compared}</td>'
+            f'<td class="number"><span class="{state}">{said}</span></td>'
+            f"<td>{escape(each.first or '-')}</td></tr>"
+        )
 
 
 def _figure(name: str, numbers: Sequence[int], caption: str) -> str:

@@ -11,6 +11,7 @@ from mla_triton.testing.budget import (
     merge_budget,
     prefill_budget,
 )
+from mla_triton.testing.cache_results import CacheReport, compare_cache
 from mla_triton.testing.caches import (
     AppendInputs,
     CacheMemory,
@@ -29,6 +30,7 @@ from mla_triton.testing.comparison import (
     deviations,
     same_bits,
 )
+from mla_triton.testing.copies import CopyInputs, copy_inputs
 from mla_triton.testing.gathers import GatherInputs, gather_inputs
 from mla_triton.testing.inputs import (
     check_append_inputs,
@@ -51,6 +53,8 @@ __all__ = [
     "AppendInputs",
     "Budget",
     "CacheMemory",
+    "CacheReport",
+    "CopyInputs",
     "DecodeInputs",
     "Deviation",
     "GatherInputs",
@@ -72,6 +76,8 @@ __all__ = [
     "check_inputs",
     "check_prefill_inputs",
     "compare",
+    "compare_cache",
+    "copy_inputs",
     "decode_budget",
     "decode_inputs",
     "deviations",

@@ -8,9 +8,9 @@ time, and to leaving alone what is not its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import fields
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, overload
 
 import torch
 
@@ -19,28 +19,45 @@ from mla_triton import validate, validate_merge, validate_prefill
 from mla_triton.cache import named
 from mla_triton.problem import DecodeProblem, MergeProblem, PrefillProblem
 from mla_triton.state import AttentionState
+from mla_triton.testing import cache_results
 from mla_triton.testing.budget import Budget, Inputs
+from mla_triton.testing.cache_results import CacheInputs, CacheResult
 from mla_triton.testing.comparison import State, assert_same_bits, assert_within_budget
 from mla_triton.testing.merges import MergeInputs
 from mla_triton.testing.prefill_problems import PrefillInputs
 from mla_triton.testing.problems import DecodeInputs, untouched_padding
 
 
-def run(inputs: Inputs, *, impl: str | None = None, parts: int | None = None) -> AttentionState:
-    """Our operation over a problem, into buffers of NaN.
+@overload
+def run(inputs: Inputs, *, impl: str | None = None, parts: int | None = None) -> AttentionState: ...
+
+
+@overload
+def run(
+    inputs: CacheInputs, *, impl: str | None = None, parts: int | None = None
+) -> CacheResult: ...
+
+
+def run(
+    inputs: Inputs | CacheInputs, *, impl: str | None = None, parts: int | None = None
+) -> AttentionState | CacheResult:
+    """Our operation over a problem, into buffers of NaN; of one on a cache, what it leaves in a
+    copy of the cache or of the results.
 
     `impl` is that of the operation; `parts`, of a decode alone, is how many parts the batch is cut
     into, where the implementation cuts it. Raises what the operation raises, and ValueError where
     `parts` is given for another operation.
     """
+    if parts is not None and not isinstance(inputs, DecodeInputs):
+        raise ValueError(f"parts must be left out of all but a decode, got {parts}")
+    if isinstance(inputs, CacheInputs):
+        return cache_results.run(inputs, impl)
     arguments, options = inputs.call_arguments()
     options |= inputs.output_buffers()
     if isinstance(inputs, DecodeInputs):
         if parts is not None:
             options["plan"] = plan_of(inputs, impl, parts)
         return mla_triton.decode(*arguments, **options, impl=impl)
-    if parts is not None:
-        raise ValueError(f"parts must be left out of all but a decode, got {parts}")
     operation = mla_triton.merge if isinstance(inputs, MergeInputs) else mla_triton.prefill
     return operation(*arguments, **options, impl=impl)
 
@@ -118,8 +135,8 @@ def _merge_problem(inputs: MergeInputs) -> MergeProblem:
 
 
 def assert_correct(
-    inputs: Inputs,
-    compute: Callable[[Any], State] = run,
+    inputs: Inputs | CacheInputs,
+    compute: Callable[[Any], Any] = run,
     *,
     repeats: int = 2,
     budget: Budget | None = None,
@@ -131,6 +148,9 @@ def assert_correct(
     bits, the first to be within the budget (by default that of the inputs), what was read to be as
     it was, and the columns between rows to be NaN as `output_buffers` gave them, where a result
     lies in such a buffer.
+
+    Of an append or a copy of pages it gives the `CacheMemory` that was written, that of
+    `inputs.fresh()`, and of a gather `(out, rope_out)`; they are judged by `compare_cache`.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
@@ -139,6 +159,13 @@ def assert_correct(
     written = before.written()
     if written:
         raise AssertionError(f"{', '.join(written)} must be read only, and changed\n{inputs!r}")
+    if isinstance(inputs, CacheInputs):
+        report = cache_results.compare_cache(first, inputs)
+        if not report.ok:
+            raise AssertionError(f"{report.message}\n{inputs!r}")
+        if not all(cache_results.same_result(first, compute(inputs)) for _ in range(repeats - 1)):
+            raise AssertionError(f"two runs are not the same\n{inputs!r}")
+        return
     assert_within_budget(first, inputs, budget)
     spilt = spilt_results(first, inputs)
     if spilt:
@@ -153,7 +180,7 @@ def assert_correct(
 class Snapshot:
     """Every byte of the tensors of a problem as it was, what lies between rows included."""
 
-    def __init__(self, inputs: Inputs) -> None:
+    def __init__(self, inputs: Inputs | CacheInputs) -> None:
         memories: dict[int, tuple[str, torch.Tensor, torch.Tensor]] = {}
         for name, tensor in tensors_of(inputs):
             storage = tensor.untyped_storage()
@@ -167,18 +194,25 @@ class Snapshot:
         return [name for name, now, then in self.memories if not torch.equal(now, then)]
 
 
-def tensors_of(inputs: Inputs) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors_of(inputs: Inputs | CacheInputs) -> Iterator[tuple[str, torch.Tensor]]:
     """(field, tensor) of everything that a problem hands to a kernel."""
 
     def within(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
         if isinstance(value, torch.Tensor):
             yield name, value
+        elif isinstance(value, Mapping):
+            for key, part in value.items():
+                yield from within(key, part)
         elif isinstance(value, tuple):
             for part in value:
                 yield from within(name, part)
+        elif is_dataclass(value):
+            for each in fields(value):
+                yield from within(name, getattr(value, each.name))
 
-    for each in fields(inputs):
-        yield from within(each.name, getattr(inputs, each.name))
+    names = inputs._fields if isinstance(inputs, tuple) else [each.name for each in fields(inputs)]
+    for name in names:
+        yield from within(name, getattr(inputs, name))
 
 
 def spilt_results(state: State, inputs: Inputs) -> str:

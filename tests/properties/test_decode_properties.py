@@ -173,6 +173,15 @@ def test_the_number_of_parts_does_not_matter(execution, data):
 
 @examples()
 @given(st.data())
+def test_a_plan_that_knows_the_format_changes_no_bit(execution, data):
+    inputs = data.draw(problems(execution))
+    reproduction(inputs, "with a plan", execution)
+    plan = plan_of(inputs, execution.impl)
+    assert_same_bits(run(inputs, execution, plan=plan), run(inputs, execution))
+
+
+@examples()
+@given(st.data())
 def test_queries_in_chunks_are_the_whole(execution, data):
     """As a prompt comes in chunks: ragged queries, the keys of a chunk ending with its own."""
     inputs = data.draw(problems(execution, s_q=(3, 5), batch=2))
