@@ -13,7 +13,7 @@ set -u
 
 cd "$(dirname "$0")/.."
 if [ $# -lt 1 ]; then
-    sed -n '2,10s/^# \{0,1\}//p' "$0"
+    sed -n '2,11s/^# \{0,1\}//p' "$0"
     exit 2
 fi
 output=$1
