@@ -90,7 +90,7 @@ def test_a_call_with_a_plan_of_its_own_has_the_bits_of_one_without(heads):
     assert torch.equal(own.lse, planned.lse)
 
 
-@pytest.mark.parametrize("heads", [1, 16, 20, 40, 128])
+@pytest.mark.parametrize("heads", [16, 40, 128])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("impl", [None, "portable", "sm90"])
 def test_a_plan_that_knows_the_format_changes_no_bit(impl, form, heads):
@@ -101,7 +101,6 @@ def test_a_plan_that_knows_the_format_changes_no_bit(impl, form, heads):
         {"kv_lens": [3000, 70, 1, 900]},
         {"kv_lens": [(37 * i) % 400 for i in range(200)]},
         {"page_size": 16, "table": "csr"},
-        {"page_size": 128, "s_q": 2},
         {"q_lens": (3, 2, 0, 70, 1, 64, 0, 9)},
     ):
         inputs = inputs_of(
