@@ -10,6 +10,9 @@ from mla_triton.cache import CSRPageTable, LatentCache
 from mla_triton.cache.quantise import dequantise, quantise
 from mla_triton.reference.paging import capacities, pages_of
 
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+"""By the bytes of a number."""
+
 
 def append(
     cache: torch.Tensor | LatentCache,
@@ -46,7 +49,7 @@ def append(
     tokens = quantise(latent, rope, whole, power_of_two_scales)
     for stored, part in zip(whole, tokens, strict=True):
         if stored is not None and part is not None and stored.dim() == 3:
-            as_bytes(stored)[page, place] = as_bytes(part)
+            as_integers(stored)[page, place] = as_integers(part)
 
 
 def last_of_each(slots: torch.Tensor, capacity: int) -> torch.Tensor:
@@ -57,9 +60,10 @@ def last_of_each(slots: torch.Tensor, capacity: int) -> torch.Tensor:
     return order[is_last & (ordered >= 0) & (ordered < capacity)]
 
 
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """e4m3 as uint8, which PyTorch can index on every device."""
-    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+def as_integers(tensor: torch.Tensor) -> torch.Tensor:
+    """Numbers as integers of as many bits: PyTorch indexes e4m3 on no GPU, and where it is to be
+    deterministic it writes other NaN than it is given."""
+    return tensor.view(INTEGERS[tensor.element_size()])
 
 
 def normalised(
@@ -116,7 +120,7 @@ def gather(
         for result, values in ((out, latents), (rope_out, keys)):
             if result is not None:
                 result[rows] = 0
-                result[rows[is_there]] = values
+                as_integers(result)[rows[is_there]] = as_integers(values)
 
 
 def _tokens(
@@ -125,8 +129,8 @@ def _tokens(
     """(latents, rotary keys) of the tokens at some (pages, slots)."""
     ckv, kpe, scales = cache
     chosen = LatentCache(
-        as_bytes(ckv)[places].view(ckv.dtype),
-        None if kpe is None else as_bytes(kpe)[places].view(kpe.dtype),
+        as_integers(ckv)[places].view(ckv.dtype),
+        None if kpe is None else as_integers(kpe)[places].view(kpe.dtype),
         scales if scales is None or scales.dim() == 1 else scales[places],
     )
     latents, keys = dequantise(chosen, dtype, rope=rope)
@@ -150,4 +154,4 @@ def copy_pages(
         is_valid = (sources >= 0) & (sources < one.shape[0])
         targets = target_pages.long().masked_fill(~is_valid, -1)
         kept = last_of_each(targets, other.shape[0])
-        as_bytes(other)[targets[kept]] = as_bytes(one)[sources[kept]]
+        as_integers(other)[targets[kept]] = as_integers(one)[sources[kept]]

@@ -14,7 +14,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -67,6 +67,11 @@ class Alias(ModuleType):
         return Refused(f"{self.__name__}.{name}")
 
 
+class Capability(NamedTuple):
+    major: int
+    minor: int
+
+
 class Platform:
     """vLLM's `current_platform`, as far as tests of MLA ask it: a CUDA card, here or pretended."""
 
@@ -93,8 +98,11 @@ class Platform:
     def get_device_name(self) -> str:
         return torch.cuda.get_device_name()
 
+    def get_device_capability(self) -> Capability:
+        return Capability(*torch.cuda.get_device_capability())
+
     def has_device_capability(self, at_least: int) -> bool:
-        major, minor = torch.cuda.get_device_capability()
+        major, minor = self.get_device_capability()
         return major * 10 + minor >= at_least
 
 
