@@ -26,8 +26,7 @@ OVERHEAD = 5
 QUANTISED_ROW_TILES = (16, 32, 64)
 """The same over a cache of e4m3 numbers, where the keys are a product's rows."""
 GROUPED_ROWS = 32
-"""Of a program at most with scales of groups. With 32 a schedule tile of 64 is two programs side by
-side: the same results in the same places, fewer registers, and bytes converted twice."""
+"""Of a program at most with scales of groups: a tile of 64 is two programs side by side."""
 GROUP = 128
 """Columns of a latent with a scale, where all do not share one."""
 FEW_ROWS = 16
