@@ -27,6 +27,8 @@ QUANTISED_ROW_TILES = (16, 32, 64)
 """The same over a cache of e4m3 numbers, where the keys are a product's rows."""
 GROUPED_ROWS = 32
 """Of a program at most with scales of groups: a tile of 64 is two programs side by side."""
+PAIRED_ROWS = {False: 32, True: 16}
+"""Of a program at most, without scales of groups and with, of which an SM has place for two."""
 GROUP = 128
 """Columns of a latent with a scale, where all do not share one."""
 FEW_ROWS = 16
@@ -165,6 +167,16 @@ def most_rows(problem: DecodeProblem) -> int:
     return GROUPED_ROWS if is_grouped else ROW_TILE
 
 
+def programs(problem: DecodeProblem, rows: int) -> int:
+    """Programs with a tile of so many rows that an SM has at a time.
+
+    Two of one warpgroup each have twice the programs to cut a batch for, and one of them has
+    products under way while the other makes operands. What they need is place for two of all.
+    """
+    storage = problem.storage
+    return 2 if storage is not None and rows <= PAIRED_ROWS[storage.group > 0] else 1
+
+
 def row_tile(problem: DecodeProblem, device: Device) -> int:
     """Rows of a program, where no plan says otherwise."""
     most = most_rows(problem)
@@ -184,7 +196,9 @@ def geometry(
     if like is not None and why_not_cut(problem, like) is None:
         return fitted(problem, like.kv_tile, like.row_tile, 0, like.overhead, like.parts)
     parts = parts if like is None else like.parts
-    return fitted(problem, BLOCK, row_tile(problem, device), device.sm_count, OVERHEAD, parts)
+    rows = row_tile(problem, device)
+    slots = device.sm_count * programs(problem, rows)
+    return fitted(problem, BLOCK, rows, slots, OVERHEAD, parts)
 
 
 def tuning_point(

@@ -41,8 +41,8 @@ from mla_triton.kernels.sm90.quantised_groups import (
 from mla_triton.kernels.sm90.quantised_operands import (
     CHUNK,
     INTERLEAVE,
-    KEYS,
-    PAIR,
+    WARP_COLUMNS,
+    WARP_KEYS,
     as_operand,
     as_rows_of_output,
     in_halves,
@@ -94,10 +94,11 @@ class Shared:
 @gluon.jit
 def load_bytes(
     call, shared, latent_map, rope_map, scale_map, rope_column, page_rows, num_pages,
-    VALUE: gl.constexpr, TAIL: gl.constexpr, GROUPS: gl.constexpr,
+    VALUE: gl.constexpr, TAIL: gl.constexpr, GROUPS: gl.constexpr, WARPS: gl.constexpr,
     SLOTS: gl.constexpr,
 ):  # fmt: skip
     """The loader: every key block of every group into the slots, as they become free."""
+    KEYS: gl.constexpr = WARP_KEYS * WARPS
     ROPE_BYTES: gl.constexpr = KEYS * TAIL * rope_map.dtype.primitive_bitwidth // 8
     PAGE: gl.constexpr = call.PAGE_SIZE if call.PAGE_SIZE < call.TILE else call.TILE
     BOX: gl.constexpr = HALF_KEYS if PAGE > HALF_KEYS else PAGE
@@ -150,21 +151,21 @@ def load_bytes(
 @gluon.jit
 def multiply_keys(
     shared, step, slot, zero, rope_ratio, ROWS: gl.constexpr, VALUE: gl.constexpr,
-    TAIL: gl.constexpr, LAYOUT: gl.constexpr,
+    TAIL: gl.constexpr, WARPS: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Starts keys x queries^T of a block, `[128, queries]`.
+    """Starts keys x queries^T of a block, `[keys, queries]`.
 
     Rotary keys come first: they have a scale of their own, by which their sum is multiplied.
     """
-    scores = gl.zeros([KEYS, ROWS], gl.float32, LAYOUT)
+    scores = gl.zeros([WARP_KEYS * WARPS, ROWS], gl.float32, LAYOUT)
     if TAIL > 0:
         mbarrier.wait(shared.rope_full.index(0), step & 1)
-        keys = as_operand(shared.rope.index(0).load(key_bytes(TAIL)), LAYOUT)
+        keys = as_operand(shared.rope.index(0).load(key_bytes(TAIL, WARPS)), LAYOUT)
         queries = shared.query_rope.index(zero).permute((1, 0))
         scores = warpgroup_mma(keys, queries, scores, use_acc=False, is_async=True)
     for chunk in gl.static_range(VALUE // CHUNK):
         part = shared.latent.index(slot).slice(chunk * CHUNK, CHUNK, dim=1)
-        keys = as_operand(part.load(key_bytes(CHUNK)), LAYOUT)
+        keys = as_operand(part.load(key_bytes(CHUNK, WARPS)), LAYOUT)
         if TAIL > 0 and chunk == 0:
             scores = warpgroup_mma_wait(0, deps=(scores,)) * rope_ratio
             mbarrier.arrive(shared.rope_empty.index(0), count=1)
@@ -180,21 +181,21 @@ def multiply_keys(
 @gluon.jit
 def multiply_key_halves(
     shared, step, slot, zero, rope_ratio, ROWS: gl.constexpr, VALUE: gl.constexpr,
-    TAIL: gl.constexpr, LAYOUT: gl.constexpr,
+    TAIL: gl.constexpr, WARPS: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """The same in products of half as many columns, and as many registers."""
     HALF: gl.constexpr = CHUNK // 2
-    scores = gl.zeros([KEYS, ROWS], gl.float32, LAYOUT)
+    scores = gl.zeros([WARP_KEYS * WARPS, ROWS], gl.float32, LAYOUT)
     if TAIL > 0:
         mbarrier.wait(shared.rope_full.index(0), step & 1)
-        keys = as_operand(shared.rope.index(0).load(key_bytes(TAIL)), LAYOUT)
+        keys = as_operand(shared.rope.index(0).load(key_bytes(TAIL, WARPS)), LAYOUT)
         queries = shared.query_rope.index(zero).permute((1, 0))
         scores = warpgroup_mma(keys, queries, scores, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=(scores,)) * rope_ratio
         mbarrier.arrive(shared.rope_empty.index(0), count=1)
     for chunk in gl.static_range(VALUE // CHUNK):
         part = shared.latent.index(slot).slice(chunk * CHUNK, CHUNK, dim=1)
-        halves = in_halves(part.load(key_bytes(CHUNK)))
+        halves = in_halves(part.load(key_bytes(CHUNK, WARPS)))
         for half in gl.static_range(2):
             keys = as_operand(halves[half], LAYOUT)
             queries = shared.query.index(zero + chunk).slice(half * HALF, HALF, dim=1)
@@ -208,28 +209,35 @@ def multiply_key_halves(
 
 @gluon.jit
 def value_operand(
-    shared, slot, turn, STEP: gl.constexpr, GROUPS: gl.constexpr,
+    shared, slot, turn, STEP: gl.constexpr, GROUPS: gl.constexpr, WARPS: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """latents^T of the next columns of `STEP` keys of a block: of 256, or of a group."""
+    """latents^T of the next columns of `STEP` keys of a block: of 32 a warp, or of a group."""
     if GROUPS > 0:
-        return grouped_value_operand(shared, slot, turn, STEP, LAYOUT)
+        return grouped_value_operand(shared, slot, turn, STEP, WARPS, LAYOUT)
     else:
-        part = shared.latent.index(slot).slice(turn // (KEYS // STEP) * PAIR, PAIR, dim=1)
-        part = part.slice(turn % (KEYS // STEP) * STEP, STEP, dim=0)
+        TURNS: gl.constexpr = WARP_KEYS * WARPS // STEP
+        WIDTH: gl.constexpr = WARP_COLUMNS * WARPS
+        part = shared.latent.index(slot).slice(turn // TURNS * WIDTH, WIDTH, dim=1)
+        part = part.slice(turn % TURNS * STEP, STEP, dim=0)
         values = gl.inline_asm_elementwise(
-            INTERLEAVE, "=r,=r,=r,=r,r,r", [part.load(value_bytes(STEP))], gl.float16, True, 8
+            INTERLEAVE,
+            "=r,=r,=r,=r,r,r",
+            [part.load(value_bytes(STEP, WARPS))],
+            gl.float16,
+            True,
+            8,
         )
         operand: gl.constexpr = gl.DotOperandLayout(0, LAYOUT, 2)
-        return gl.convert_layout(in_row_order(values, STEP), operand, assert_trivial=True)
+        return gl.convert_layout(in_row_order(values, STEP, WARPS), operand, assert_trivial=True)
 
 
 @gluon.jit
-def clear_past(shared, slot, valid, VALUE: gl.constexpr):
+def clear_past(shared, slot, valid, VALUE: gl.constexpr, WARPS: gl.constexpr):
     """Zeroes the latents of a block from `valid` on: what lies there may be NaN, and 0 x NaN is."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [8, 1], [1, 0])
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
     rows = gl.expand_dims(gl.arange(0, CLEARED, gl.SliceLayout(1, LAYOUT)), 1)
-    for row in gl.static_range(0, KEYS, CLEARED):
+    for row in gl.static_range(0, WARP_KEYS * WARPS, CLEARED):
         if row + CLEARED > valid:
             for column in gl.static_range(0, VALUE, CHUNK):
                 part = shared.latent.index(slot).slice(row, CLEARED, dim=0)
@@ -300,16 +308,17 @@ def attend(
     call, shared, q_nope, q_rope, scales, out, lse, partial_out, partial_lse, scale_log2,
     nope_stride_b, nope_stride_s, nope_stride_h, rope_stride_b, rope_stride_s, rope_stride_h,
     out_stride_b, out_stride_s, out_stride_h, lse_stride_b, lse_stride_s, lse_stride_h,
-    VALUE: gl.constexpr, TAIL: gl.constexpr, GROUPS: gl.constexpr,
+    VALUE: gl.constexpr, TAIL: gl.constexpr, GROUPS: gl.constexpr, WARPS: gl.constexpr,
     SLOTS: gl.constexpr, READY: gl.constexpr, STEP: gl.constexpr,
 ):  # fmt: skip
-    """Both warpgroups."""
+    """All warps but the loader."""
     ROWS: gl.constexpr = call.ROWS
-    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, ROWS, 16])
+    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, ROWS, 16])
     WEIGHTS: gl.constexpr = shared.weights.layout
     BY_ROW: gl.constexpr = gl.SliceLayout(0, PRODUCT)
+    KEYS: gl.constexpr = WARP_KEYS * WARPS
     TURNS: gl.constexpr = KEYS // STEP
-    WIDTH: gl.constexpr = CHUNK if GROUPS > 0 else PAIR
+    WIDTH: gl.constexpr = CHUNK if GROUPS > 0 else WARP_COLUMNS * WARPS
     tile_rows = gl.arange(0, ROWS, BY_ROW)
     block_keys = gl.arange(0, KEYS, gl.SliceLayout(1, PRODUCT))
     cuts = call.groups()
@@ -333,6 +342,7 @@ def attend(
             call, shared, q_nope, q_rope, request, first_row, is_zero,
             nope_stride_b, nope_stride_s, nope_stride_h,
             rope_stride_b, rope_stride_s, rope_stride_h, VALUE // CHUNK, TAIL, GROUPS,
+            WARPS,
         )  # fmt: skip
         if GROUPS == 0:
             factor = factor * (unit * scale_log2)
@@ -349,26 +359,26 @@ def attend(
             # Zero, but not to the compiler: it would keep a descriptor for every step of a product.
             zero = block >> 31
             if GROUPS > 0:
-                key_scales = load_scales(shared, slot, end_key - block, block_keys)
+                key_scales = load_scales(shared, slot, end_key - block, block_keys, WARPS)
                 others, scores = multiply_grouped_keys(
-                    shared, step, slot, zero, key_scales, factor, ROWS, GROUPS, PRODUCT
+                    shared, step, slot, zero, key_scales, factor, ROWS, GROUPS, WARPS, PRODUCT
                 )
             else:
                 if block + KEYS > end_key:
-                    clear_past(shared, slot, end_key - block, VALUE)
+                    clear_past(shared, slot, end_key - block, VALUE, WARPS)
                 if ROWS > 32:
                     scores = multiply_key_halves(
-                        shared, step, slot, zero, rope_ratio, ROWS, VALUE, TAIL, PRODUCT
+                        shared, step, slot, zero, rope_ratio, ROWS, VALUE, TAIL, WARPS, PRODUCT
                     )
                 else:
                     scores = multiply_keys(
-                        shared, step, slot, zero, rope_ratio, ROWS, VALUE, TAIL, PRODUCT
+                        shared, step, slot, zero, rope_ratio, ROWS, VALUE, TAIL, WARPS, PRODUCT
                     )
             # What does not need the weights is made ready before they are waited for.
             ready = ()
             for turn in gl.static_range(READY):
                 ready += (  # type: ignore
-                    value_operand(shared, slot, turn, STEP, GROUPS, PRODUCT),
+                    value_operand(shared, slot, turn, STEP, GROUPS, WARPS, PRODUCT),
                 )
             scores = warpgroup_mma_wait(0, deps=(scores,))
             if GROUPS > 0:
@@ -401,7 +411,7 @@ def attend(
                     if turn < READY:
                         values = ready[turn]  # type: ignore
                     else:
-                        values = value_operand(shared, slot, turn, STEP, GROUPS, PRODUCT)
+                        values = value_operand(shared, slot, turn, STEP, GROUPS, WARPS, PRODUCT)
                     own = shared.weights.index(zero + place if GROUPS > 0 else zero)
                     part = own.slice(turn % TURNS * STEP, STEP, dim=0)
                     accumulator = warpgroup_mma(values, part, accumulator, is_async=True)
@@ -424,7 +434,7 @@ def attend(
             if GROUPS > 0:
                 result = group_as_rows_of_output(accumulators[place] * inverse, ROWS)
             else:
-                result = as_rows_of_output(accumulators[place] * inverse, ROWS)
+                result = as_rows_of_output(accumulators[place] * inverse, ROWS, WARPS)
             if whole:
                 store_rows(
                     call, result, out, request, first_row, out_stride_b, out_stride_s,
