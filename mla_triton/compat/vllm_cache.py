@@ -128,7 +128,8 @@ def cp_gather_cache(
         fail(TypeError, "dst", f"have src_cache's dtype {src_cache.dtype}", dst.dtype)
     if src_cache.dtype.itemsize == 1:
         src_cache, dst = _in_pairs("src_cache", src_cache), _in_pairs("dst", dst)
-    batch = integer("batch_size", batch_size)
+    check_rank("cu_seq_lens", cu_seq_lens, "batch_size + 1")
+    batch = _requests(batch_size, block_table, cu_seq_lens.shape[0] - 1)
     starts = None if seq_starts is None else seq_starts[:batch]
     _gather(src_cache, dst, block_table[:batch], cu_seq_lens[: batch + 1], starts)
 
@@ -165,7 +166,8 @@ def cp_gather_and_upconvert_fp8_kv_cache(
     )
     check_rank("dst", dst, "rows, columns")
     cache = _as_stored("src_cache", src_cache, "fp8_ds_mla", None, dst, "dst")
-    batch = integer("batch_size", batch_size)
+    check_rank("workspace_starts", workspace_starts, "batch_size")
+    batch = _requests(batch_size, block_table, workspace_starts.shape[0])
     end = workspace_starts.new_full((1,), dst.shape[0])
     bounds = torch.cat([workspace_starts[:batch], end])
     starts = None if seq_starts is None else seq_starts[:batch]
@@ -243,6 +245,16 @@ def _as_stored(
         got = f"{scale.dtype} of shape {tuple(scale.shape)} on {scale.device}"
         fail(ValueError, "scale", rule, got)
     return LatentCache(cache.view(E4M3), None, scale.reshape(1).repeat(2))
+
+
+def _requests(batch_size: int, block_table: torch.Tensor, with_offsets: int) -> int:
+    """How many requests there are, of those in a table and of as many as have offsets."""
+    check_rank("block_table", block_table, "batch_size, max_pages")
+    batch = integer("batch_size", batch_size)
+    most = min(block_table.shape[0], with_offsets)
+    if not 0 <= batch <= most:
+        fail(ValueError, "batch_size", f"be 0 to {most}, as tables and offsets are long", batch)
+    return batch
 
 
 def _in_pairs(name: str, tensor: torch.Tensor) -> torch.Tensor:

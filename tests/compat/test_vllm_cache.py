@@ -417,6 +417,44 @@ def test_what_the_gather_as_it_is_refuses(src_cache, dst, error, message):
     assert refused(vllm.cp_gather_cache, given) == (error, message)
 
 
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"batch_size": 2},
+            ValueError,
+            "batch_size must be 0 to 1, as tables and offsets are long, got 2",
+        ),
+        (
+            {"batch_size": -1},
+            ValueError,
+            "batch_size must be 0 to 1, as tables and offsets are long, got -1",
+        ),
+        (
+            {"block_table": int32([1], "cpu")},
+            ValueError,
+            "block_table must be [batch_size, max_pages], got shape (1,)",
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ["cp_gather_cache", "cp_gather_and_upconvert_fp8_kv_cache"])
+def test_more_requests_than_there_are_are_refused(name, changes, error, message):
+    """Of the one there are two rows in the table, of the other as many offsets too many."""
+    given = {
+        "src_cache": PACKED,
+        "dst": torch.zeros(5, 656, dtype=torch.uint8),
+        "block_table": int32([[1], [0]], "cpu"),
+        "cu_seq_lens": int32([0, 5], "cpu"),
+        "batch_size": 1,
+    }
+    if name != "cp_gather_cache":
+        given["dst"] = torch.zeros(5, 576)
+        given["block_table"] = int32([[1]], "cpu")
+        del given["cu_seq_lens"]
+        given["workspace_starts"] = int32([0, 3, 4], "cpu")
+    assert refused(getattr(vllm, name), given | changes) == (error, message)
+
+
 @pytest.mark.parametrize("name", ["host_cache", "host_row_ids", "device_row_ids"])
 def test_keys_in_the_host_s_memory_are_refused(name):
     given = {

@@ -226,9 +226,19 @@ class Finder(MetaPathFinder, Loader):
             if (self._checkout / package.replace(".", "/")).is_dir() and (
                 name == package or name.startswith(f"{package}.")
             ):
-                folder = (self._checkout / name.replace(".", "/")).parent
-                return importlib.machinery.PathFinder.find_spec(name, [str(folder)])
+                return self._in_checkout(name)
+        if name not in self._contents and self._is_test_file(name):
+            return self._in_checkout(name)
         return ModuleSpec(name, self, is_package=True)
+
+    def _is_test_file(self, name: str) -> bool:
+        """Whether it is one in a package of tests, which pytest imports by that package's name."""
+        path = (self._checkout / name.replace(".", "/")).with_suffix(".py")
+        return path.name.startswith("test_") and path.is_file()
+
+    def _in_checkout(self, name: str) -> ModuleSpec | None:
+        folder = (self._checkout / name.replace(".", "/")).parent
+        return importlib.machinery.PathFinder.find_spec(name, [str(folder)])
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         return Alias(spec.name, *self._contents.get(spec.name, ([], {})))
