@@ -236,6 +236,39 @@ def test_gather_as_it_is(columns, stored, starts, device):
     check_gather(gather, source, rows_for(columns, stored, device), starts)
 
 
+# -- in a compiled function
+
+
+def test_compiled(device):
+    """Into caches and out of them again, in one graph."""
+
+    def step(kv_c: Any, k_pe: Any, fp8: Any, packed: Any, slots: Any, scale: Any, table: Any):
+        bounds = torch.tensor([0, 5], dtype=torch.int32, device=device)
+        rows = torch.zeros(2, 5, 576, dtype=torch.bfloat16, device=device)
+        vllm.concat_and_cache_mla(kv_c, k_pe, fp8, slots, "fp8", scale)
+        vllm.concat_and_cache_mla(kv_c, k_pe, packed, slots, "fp8_ds_mla", scale)
+        vllm.gather_and_maybe_dequant_cache(fp8, rows[0], table, bounds, None, 5, "fp8", scale)
+        vllm.cp_gather_and_upconvert_fp8_kv_cache(packed, rows[1], table, bounds, 1)
+        return rows
+
+    def given() -> tuple[torch.Tensor, ...]:
+        return (
+            normal(3, 512, dtype=torch.bfloat16, device=device),
+            normal(3, 64, dtype=torch.bfloat16, device=device, seed=1),
+            torch.zeros(2, 4, 576, dtype=torch.uint8, device=device),
+            torch.zeros(2, 4, 656, dtype=torch.uint8, device=device),
+            torch.tensor([0, 4, -1], device=device),
+            torch.tensor(0.05, device=device),
+            int32([[0, 1]], device),
+        )
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    rows = compiled(*given())
+    assert torch.equal(rows, step(*given()))
+    written = rows.any(-1)
+    assert written.tolist() == [[True, False, False, False, True]] * 2
+
+
 # -- pages
 
 
