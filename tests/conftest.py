@@ -5,6 +5,7 @@ is NaN, reproducible random tests, and GPU tests that are collected only where a
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -98,6 +99,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     """Where the tensors of a test live: on the GPU if there is one."""
     return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture
+def debugging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Inside, calls verify values."""
+    from mla_triton import debug
+
+    monkeypatch.setenv("MLA_TRITON_DEBUG", "1")
+    debug.switched_on.cache_clear()
+    yield
+    debug.switched_on.cache_clear()
 
 
 @pytest.fixture(autouse=True)

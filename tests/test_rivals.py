@@ -86,13 +86,44 @@ def main(dtype):
         test_decode(Case(b, 2, True))
 """
 
+IN_A_PACKAGE = """
+import torch
+from tests.kernels.utils import DEFAULT_OPCHECK_TEST_UTILS, opcheck
+from vllm import _custom_ops as ops
 
-def rows_of(folder: Path, text: str, *options: str) -> dict[str, list[int]]:
+def fp8_case():
+    kv_c, k_pe = torch.randn(3, 32, device="cuda"), torch.randn(3, 16, device="cuda")
+    cache = torch.zeros(2, 4, 48, dtype=torch.uint8, device="cuda")
+    slots, scale = torch.tensor([5, -1, 0], device="cuda"), torch.tensor(0.1, device="cuda")
+    return kv_c, k_pe, cache, slots, "fp8", scale
+
+def test_operator():
+    opcheck(torch.ops._C_cache_ops.concat_and_cache_mla, fp8_case(),
+            test_utils=DEFAULT_OPCHECK_TEST_UTILS)
+
+def test_fp8():
+    kv_c, k_pe, cache, slots, kind, scale = fp8_case()
+    ops.concat_and_cache_mla(kv_c, k_pe, cache, slots, kind, scale)
+    expected, back = torch.zeros(48, dtype=torch.uint8), torch.zeros(48)
+    ops.convert_fp8(expected, torch.cat([kv_c[0], k_pe[0]]), scale.item(), kv_dtype=kind)
+    assert torch.equal(cache[1, 1], expected) and cache[1, 1].any() and not cache[0, 1].any()
+    ops.convert_fp8(back, expected, scale.item())
+    torch.testing.assert_close(back, torch.cat([kv_c[0], k_pe[0]]), rtol=2**-4, atol=2**-10)
+
+def test_pinned():
+    assert torch.ones(1).pin_memory().item() == 1
+    ops.convert_fp8(torch.zeros(1, dtype=torch.uint8), torch.ones(1), kv_dtype="fp8_e5m2")
+"""
+
+
+def rows_of(
+    folder: Path, text: str, *options: str, file: str = "test_it.py"
+) -> dict[str, list[int]]:
     """Of each test of a file, how many passed, failed, were out of scope, skipped and not run."""
-    folder.mkdir(exist_ok=True)
-    (folder / "test_it.py").write_text(text)
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    (folder / file).write_text(text)
     done = subprocess.run(
-        [sys.executable, str(RUN), "--cpu", str(folder), "test_it.py", *options],
+        [sys.executable, str(RUN), "--cpu", str(folder), file, *options],
         env=os.environ | {"PYTEST_ADDOPTS": ""},
         capture_output=True,
         text=True,
@@ -118,6 +149,19 @@ def test_outcomes(tmp_path):
 
 def test_scripts_and_samples(tmp_path):
     assert rows_of(tmp_path, SCRIPT, "--sample", "3")["test_decode"] == [3, 0, 0, 0, 1]
+
+
+def test_a_package_of_tests(tmp_path):
+    """Whose name the aliases have, too."""
+    for package in ("tests", "tests/kernels"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").touch()
+    assert rows_of(tmp_path, IN_A_PACKAGE, file="tests/kernels/test_it.py") == {
+        "test_operator": [1, 0, 0, 0, 0],
+        "test_fp8": [1, 0, 0, 0, 0],
+        "test_pinned": [0, 0, 1, 0, 0],
+        "all": [2, 0, 1, 0, 0],
+    }
 
 
 def test_a_file_that_cannot_be_read_has_failed(tmp_path):

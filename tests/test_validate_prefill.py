@@ -10,34 +10,16 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from judging_rejections import named, rejected
 from prefill_rejections import ALWAYS, DEBUG, HEADS, RESULTS, SHAPED, SHAPES, arguments, prefill
 from rejections import Rejection
 
 import mla_triton
-from mla_triton import debug, validate_prefill
-
-
-def named(cases: list[Rejection]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
-
-
-def rejected(case: Rejection) -> None:
-    with pytest.raises(case.error) as error:
-        case.call()
-    assert str(error.value) == case.message
-    assert error.type is case.error
+from mla_triton import validate_prefill
 
 
 def changes_of(case: Rejection) -> dict[str, Any]:
     return inspect.getclosurevars(case.call).nonlocals["changes"]
-
-
-@pytest.fixture
-def debugging(monkeypatch):
-    monkeypatch.setenv("MLA_TRITON_DEBUG", "1")
-    debug.switched_on.cache_clear()
-    yield
-    debug.switched_on.cache_clear()
 
 
 @named(ALWAYS)

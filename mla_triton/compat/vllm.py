@@ -1,4 +1,4 @@
-"""vLLM's interface: the operations of its MLA back end that it has in Triton and CUDA."""
+"""vLLM's interface: the operations of its MLA back ends that it has in Triton and CUDA."""
 
 from __future__ import annotations
 
@@ -15,9 +15,24 @@ from mla_triton.compat.conventions import (
     int32,
     only,
 )
+from mla_triton.compat.vllm_cache import (
+    concat_and_cache_mla,
+    cp_gather_and_upconvert_fp8_kv_cache,
+    cp_gather_cache,
+    gather_and_maybe_dequant_cache,
+    swap_blocks,
+)
 from mla_triton.validate import fail
 
-__all__ = ["concat_and_cache_mla", "decode_attention_fwd", "merge_attn_states"]
+__all__ = [
+    "concat_and_cache_mla",
+    "cp_gather_and_upconvert_fp8_kv_cache",
+    "cp_gather_cache",
+    "decode_attention_fwd",
+    "gather_and_maybe_dequant_cache",
+    "merge_attn_states",
+    "swap_blocks",
+]
 
 
 def decode_attention_fwd(
@@ -90,34 +105,6 @@ def decode_attention_fwd(
     )
     if exact is not lse:
         lse.copy_(exact)
-
-
-def concat_and_cache_mla(
-    kv_c: torch.Tensor,
-    k_pe: torch.Tensor,
-    kv_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    kv_cache_dtype: str,
-    scale: torch.Tensor | None,
-) -> None:
-    """Writes new tokens, latent and rotary key side by side, to the slots of a paged cache.
-
-    Args:
-        kv_c, k_pe: `[tokens, latent]` and `[tokens, rope]`; may have more rows than `slot_mapping`.
-        kv_cache: `[pages, page_size, latent + rope]`, kv_c's dtype.
-        slot_mapping: int32 or int64 `[tokens]`, page * page_size + place; -1 is not written.
-        kv_cache_dtype: "auto".
-        scale: that of FP8 caches; not applied.
-
-    Raises:
-        NotImplementedError: another `kv_cache_dtype`, or a cache of another dtype than the tokens.
-        TypeError, ValueError: as in `mla_triton.append`.
-    """
-    only("kv_cache_dtype", kv_cache_dtype, "auto")
-    check_tensors(kv_c=kv_c, k_pe=k_pe, kv_cache=kv_cache, slot_mapping=slot_mapping)
-    check_cache_dtype("kv_cache", kv_cache, kv_c, "kv_c")
-    tokens = slot_mapping.shape[0]
-    mla_triton.append(kv_cache, kv_c[:tokens], k_pe[:tokens], slot_mapping)
 
 
 def merge_attn_states(

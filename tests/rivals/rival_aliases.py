@@ -31,6 +31,23 @@ PYTEST_NAMES = ("__", "pytest", "setup", "setUp", "teardown", "tearDown")
 OWN_KERNELS = ("flashinfer.triton",)
 """Packages that are taken from the checkout where it has them: tests use them as the reference."""
 
+OPERATORS = {
+    "concat_and_cache_mla": (
+        "Tensor kv_c, Tensor k_pe, Tensor(a!) kv_cache, Tensor slot_mapping, str kv_cache_dtype, "
+        "Tensor scale"
+    ),
+    "cp_gather_cache": (
+        "Tensor src_cache, Tensor(a!) dst, Tensor block_table, Tensor cu_seq_lens, "
+        "int batch_size, Tensor? seq_starts"
+    ),
+    "gather_and_maybe_dequant_cache": (
+        "Tensor src_cache, Tensor(a!) dst, Tensor block_table, Tensor cu_seq_lens, "
+        "Tensor token_to_seq, int num_tokens, str kv_cache_dtype, Tensor scale, Tensor? seq_starts"
+    ),
+    "swap_blocks": ("Tensor src, Tensor(a!) dst, int block_size_in_bytes, Tensor block_mapping"),
+}
+"""The arguments of vLLM's operators that tests hand to `opcheck`."""
+
 
 class Refused:
     """A name that has no counterpart here: it can be imported, and not called."""
@@ -120,6 +137,19 @@ def opcheck(operator: Any, args: Any, kwargs: Any = None, test_utils: Any = None
     return torch.library.opcheck(operator, args, kwargs, test_utils=test_utils)
 
 
+def convert_fp8(
+    output: torch.Tensor, source: torch.Tensor, scale: float = 1.0, kv_dtype: str = "fp8"
+) -> None:
+    """What vLLM's tests make their references with: e4m3 from numbers, or numbers from e4m3."""
+    if kv_dtype not in ("fp8", "fp8_e4m3"):
+        raise NotImplementedError(f"convert_fp8 to {kv_dtype} has no counterpart in the aliases")
+    if output.dtype == torch.uint8:
+        e4m3 = (source.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+        output.copy_(e4m3.view(torch.uint8))
+    else:
+        output.copy_(source.view(torch.float8_e4m3fn).float() * scale)
+
+
 def set_random_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
@@ -167,7 +197,7 @@ def contents() -> dict[str, tuple[list[ModuleType], dict[str, Any]]]:
             },
         ),
         "tests.test_helpers.test_helpers": ([], cleared),
-        "vllm._custom_ops": ([vllm], {}),
+        "vllm._custom_ops": ([vllm], {"convert_fp8": convert_fp8}),
         "vllm.platforms": ([], {"current_platform": Platform()}),
         "vllm.triton_utils": ([], {"triton": triton, "tl": triton.language}),
         "vllm.utils.math_utils": ([], {"cdiv": lambda a, b: -(-a // b)}),
@@ -196,9 +226,19 @@ class Finder(MetaPathFinder, Loader):
             if (self._checkout / package.replace(".", "/")).is_dir() and (
                 name == package or name.startswith(f"{package}.")
             ):
-                folder = (self._checkout / name.replace(".", "/")).parent
-                return importlib.machinery.PathFinder.find_spec(name, [str(folder)])
+                return self._in_checkout(name)
+        if name not in self._contents and self._is_test_file(name):
+            return self._in_checkout(name)
         return ModuleSpec(name, self, is_package=True)
+
+    def _is_test_file(self, name: str) -> bool:
+        """Whether it is one in a package of tests, which pytest imports by that package's name."""
+        path = (self._checkout / name.replace(".", "/")).with_suffix(".py")
+        return path.name.startswith("test_") and path.is_file()
+
+    def _in_checkout(self, name: str) -> ModuleSpec | None:
+        folder = (self._checkout / name.replace(".", "/")).parent
+        return importlib.machinery.PathFinder.find_spec(name, [str(folder)])
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         return Alias(spec.name, *self._contents.get(spec.name, ([], {})))
@@ -212,16 +252,13 @@ class Finder(MetaPathFinder, Loader):
 
 def register_operators() -> None:
     """The operators that tests hand to `opcheck`, as vLLM's extension would have them."""
-    schema = (
-        "concat_and_cache_mla(Tensor kv_c, Tensor k_pe, Tensor(a!) kv_cache, Tensor slot_mapping, "
-        "str kv_cache_dtype, Tensor scale) -> ()"
-    )
     library = torch.library.Library("rival_cache_ops", "DEF")
-    library.define(schema)
-    library.impl("concat_and_cache_mla", vllm.concat_and_cache_mla, "CompositeExplicitAutograd")
-    torch.library.register_fake("rival_cache_ops::concat_and_cache_mla", nothing, lib=library)
-    operators = {"concat_and_cache_mla": torch.ops.rival_cache_ops.concat_and_cache_mla}
-    operators["keep_alive"] = library
+    operators: dict[str, Any] = {"keep_alive": library}
+    for name, arguments in OPERATORS.items():
+        library.define(f"{name}({arguments}) -> ()")
+        library.impl(name, getattr(vllm, name), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"rival_cache_ops::{name}", nothing, lib=library)
+        operators[name] = getattr(torch.ops.rival_cache_ops, name)
     torch.ops._C_cache_ops = Alias("torch.ops._C_cache_ops", [], operators)
 
 
