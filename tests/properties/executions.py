@@ -6,12 +6,15 @@ are all implementations that there are for it, and what is generated for capabil
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
-from hypothesis import note, settings
+from hypothesis import assume, note, settings
+from hypothesis import strategies as st
 from ways import Way, forced
 
 import mla_triton
@@ -44,11 +47,11 @@ class Execution(NamedTuple):
         return self.way.impl
 
     @contextmanager
-    def in_force(self) -> Iterator[Execution]:
-        """Inside, calls with this `impl` run as said here."""
+    def in_force(self, cache: Path) -> Iterator[Execution]:
+        """Inside, calls with this `impl` run as said here; `cache` keeps older cards' code."""
         with ExitStack() as stack:
             if self.label is not None:
-                stack.enter_context(code_of(self.label))
+                stack.enter_context(code_of(self.label, cache))
             stack.enter_context(forced(self.way))
             yield self
 
@@ -64,10 +67,36 @@ def executions(*hopper: Way) -> list[Execution]:
     return found
 
 
-def examples() -> settings:
-    """As many as the profile says, or a share of them where they are slow."""
-    count = settings.default.max_examples
-    return settings(max_examples=count if COMPILED else max(1, count // INTERPRETED_SHARE))
+def over(pairs: Iterable[tuple[Execution, Shape]]) -> pytest.MarkDecorator:
+    """A test for each execution and shape."""
+    listed = list(pairs)
+    names = [
+        f"{execution} {'-'.join(map(str, shape.values()))}".replace("torch.", "")
+        for execution, shape in listed
+    ]
+    return pytest.mark.parametrize(
+        ("execution", "shape"), listed, ids=names, indirect=["execution"]
+    )
+
+
+def examples(shapes: Sequence[Shape], least: int = 1) -> settings:
+    """A shape's part of what the profile says, or of a share of that where they are slow."""
+    count = settings.default.max_examples // (1 if COMPILED else INTERPRETED_SHARE)
+    return settings(max_examples=max(3 if COMPILED else least, count // len(shapes)))
+
+
+@st.composite
+def seeds(draw: st.DrawFn) -> int:
+    """Of a problem, never 0: the simplest example, which hypothesis tries first, is none of the few
+    that a shape has."""
+    seed = draw(st.integers(0, 2**16))
+    assume(seed != 0)
+    return seed
+
+
+def is_half(shape: Shape) -> bool:
+    """float16, which is as good a way as any to tell shapes apart."""
+    return shape["dtype"] == torch.float16
 
 
 def reproduction(inputs: Any, change: str, execution: Execution) -> None:
