@@ -17,5 +17,5 @@ def execution(
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
-    with request.param.in_force(shared / "code of older cards") as execution:
+    with request.param.in_force(shared / "older-code") as execution:
         yield execution

@@ -18,8 +18,17 @@ import decodes
 import prefills
 import torch
 from decodes import DEVICE
-from executions import COMPILED, Execution, Shape, examples, executions, is_half, over, reproduction
-from hypothesis import given
+from executions import (
+    COMPILED,
+    Execution,
+    Shape,
+    executions,
+    is_half,
+    most_examples,
+    over,
+    reproduction,
+)
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ways import Way
 
@@ -52,7 +61,7 @@ FEW = [
     if execution.label is None and shape["heads"] in decodes.FEW_HEADS
 ]
 """Of each other kind of call: older cards' code is compiled for a few as it is."""
-EXAMPLES = examples(decodes.SHAPES, least=2)
+EXAMPLES = settings(max_examples=max(3 if COMPILED else 2, most_examples() // len(decodes.SHAPES)))
 
 
 def run(inputs: DecodeInputs, execution: Execution) -> AttentionState:

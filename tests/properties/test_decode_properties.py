@@ -26,7 +26,7 @@ import bounds
 import decodes
 import torch
 from decodes import DEVICE, is_16_bit, problems, run
-from executions import Shape, examples, executions, is_half, merge, over, picking, reproduction
+from executions import examples, executions, is_half, merge, over, parts_of, picking, reproduction
 from hypothesis import given
 from hypothesis import strategies as st
 from ways import Way
@@ -44,14 +44,9 @@ from mla_triton.testing import decode_changes as changes
 from mla_triton.testing.problems import LARGE_LOGIT, int32
 
 EVERY = decodes.pairs(executions(Way("sm90", 1), Way("sm90", 2)))
-EXAMPLES = examples(decodes.SHAPES)
+EXAMPLES = examples(EVERY)
 SEVERAL = 3
 """Query tokens of a request, where there have to be some."""
-
-
-def parts_of(shape: Shape) -> int:
-    """In how many parts keys are partitioned: a merge of so many states is a kernel."""
-    return 2 + decodes.SHAPES.index(shape) % 3
 
 
 # -- bit for bit
@@ -213,7 +208,7 @@ def test_queries_in_chunks_are_the_whole(execution, shape, data):
 def test_any_partition_of_the_pages_merges_to_the_whole(execution, shape, data):
     """Of queries that see all keys, for which these have no order."""
     inputs = data.draw(problems(shape, causal=(False,), whole_pages=True))
-    parts, seed = parts_of(shape), data.draw(st.integers(0, 2**16))
+    parts, seed = parts_of(shape, decodes.SHAPES), data.draw(st.integers(0, 2**16))
     reproduction(inputs, f"merge(partitioned(inputs, {parts}, {seed}))", execution)
     pieces = changes.partitioned(inputs, parts, seed)
     states = [run(piece, execution) for piece in pieces]

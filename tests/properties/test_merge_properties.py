@@ -59,7 +59,7 @@ EVERY = [
     for execution in executions()
     for shape in (SHAPES[::2] if execution.label else SHAPES)
 ]
-EXAMPLES = examples(SHAPES)
+EXAMPLES = examples(EVERY)
 
 
 @st.composite

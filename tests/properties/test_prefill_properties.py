@@ -19,7 +19,7 @@ from math import log
 import bounds
 import prefills
 import torch
-from executions import DEVICE, Shape, examples, executions, merge, over, picking, reproduction
+from executions import DEVICE, examples, executions, merge, over, parts_of, picking, reproduction
 from hypothesis import given
 from hypothesis import strategies as st
 from prefills import problems, run
@@ -32,12 +32,7 @@ from mla_triton.testing import prefill_changes as changes
 from mla_triton.testing.problems import LARGE_LOGIT
 
 EVERY = prefills.pairs(executions(Way("sm90")))
-EXAMPLES = examples(prefills.SHAPES)
-
-
-def parts_of(shape: Shape) -> int:
-    """In how many parts keys are partitioned: a merge of so many states is a kernel."""
-    return 2 + prefills.SHAPES.index(shape) % 3
+EXAMPLES = examples(EVERY)
 
 
 def rows_but(inputs, sequence: int) -> list[int]:
@@ -159,7 +154,7 @@ def test_queries_in_chunks_are_the_whole(execution, shape, data):
 def test_any_partition_of_the_keys_merges_to_the_whole(execution, shape, data):
     """Of queries that see all keys, for which these have no order."""
     inputs = data.draw(problems(shape, causal=(False,)))
-    parts, seed = parts_of(shape), data.draw(st.integers(0, 2**16))
+    parts, seed = parts_of(shape, prefills.SHAPES), data.draw(st.integers(0, 2**16))
     reproduction(inputs, f"merge(partitioned(inputs, {parts}, {seed}))", execution)
     pieces = changes.partitioned(inputs, parts, seed)
     states = [run(piece, execution) for piece in pieces]
@@ -177,7 +172,7 @@ def test_causal_chunks_of_keys_merge_to_the_whole(execution, shape, data):
     # Queries that see no key of their own have no place in a prompt.
     asking = [q[max(0, len(q) - len(k)) :] for q, k in zip(queries, keys, strict=True)]
     inputs = changes.with_rows(inputs, asking)
-    parts = parts_of(shape) - 1
+    parts = parts_of(shape, prefills.SHAPES) - 1
     reproduction(inputs, f"its queries' own keys and {parts} chunks before", execution)
     before = [k[: len(k) - len(q)] for q, k in zip(asking, keys, strict=True)]
     own = [k[len(k) - len(q) :] for q, k in zip(asking, keys, strict=True)]
