@@ -2,6 +2,9 @@
 
 Without a GPU these are the reference and the portable kernels in Triton's interpreter. On one they
 are all implementations that there are for it, and what is generated for capabilities 8.0 and 8.9.
+
+Shapes are parameters of a test and not drawn, so that each is tried by everything that takes it. Of
+the rest that kernels are compiled for there is as little as a property needs.
 """
 
 from __future__ import annotations
