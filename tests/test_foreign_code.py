@@ -6,6 +6,8 @@ import os
 import struct
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +72,12 @@ def main(label: str) -> None:
         assert not kernel.uses("wgmma")
         (flags,) = struct.unpack_from("<I", compiled.asm["cubin"], ELF_FLAGS)
         assert flags & 0xFF == 90
+        with tempfile.TemporaryDirectory() as kept:
+            for times in (1, 0):
+                with assembled_for(hopper, Path(kept)) as kernels:
+                    again = decode.compile(what, config, geometry, card)
+                assert len(kernels) == times, "what is there was compiled again"
+                assert again.asm["cubin"] == compiled.asm["cubin"]
         native = decode.compile(what, config, geometry, card)
         (flags,) = struct.unpack_from("<I", native.asm["cubin"], ELF_FLAGS)
         assert f"sm_{flags & 0xFF}" != "sm_90", "the change outlived its context"

@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -52,10 +53,11 @@ class Generated:
 
 
 @contextmanager
-def assembled_for(card: Device) -> Iterator[list[Generated]]:
+def assembled_for(card: Device, cache: Path | None = None) -> Iterator[list[Generated]]:
     """Inside, code for any older capability is assembled for `card`; yields what is compiled.
 
-    Triton's cache knows nothing of the change, so a fresh one is used.
+    Triton's cache knows nothing of the change, so a fresh one is used, or a folder `cache` that
+    holds nothing else: what is found there is not compiled, and not yielded.
     """
     if card.capability is None:
         raise ValueError(f"card must be an NVIDIA GPU, got {card.label}")
@@ -80,18 +82,19 @@ def assembled_for(card: Device) -> Iterator[list[Generated]]:
         return None
 
     knobs = triton.knobs
-    with tempfile.TemporaryDirectory() as cache, knobs.cache.scope(), knobs.runtime.scope():
-        knobs.cache.dir = cache
+    with tempfile.TemporaryDirectory() as fresh, knobs.cache.scope(), knobs.runtime.scope():
+        knobs.cache.dir = fresh if cache is None else str(cache)
         knobs.runtime.add_stages_inspection_hook = inspect
         yield kernels
 
 
 @contextmanager
-def code_of(label: str) -> Iterator[list[Generated]]:
+def code_of(label: str, cache: Path | None = None) -> Iterator[list[Generated]]:
     """Inside, every operation on the current GPU runs what capability `label` would run.
 
     Implementation, config and geometry are chosen as on that card, but for the number of SMs, which
-    is this card's. Yields the kernels as they are compiled. Not thread-safe.
+    is this card's. Yields the kernels as they are compiled; `cache` is as in `assembled_for`. Not
+    thread-safe.
 
     Raises ValueError where `label` is not an older capability than this GPU's.
     """
@@ -114,7 +117,7 @@ def code_of(label: str) -> Iterator[list[Generated]]:
     # A call like one that was made before would make that one's launches again.
     forget_calls()
     try:
-        with assembled_for(here) as kernels, patch.object(devices, "_live", disguise):
+        with assembled_for(here, cache) as kernels, patch.object(devices, "_live", disguise):
             yield kernels
     finally:
         forget_calls()

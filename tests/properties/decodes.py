@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
-from executions import COMPILED, DEVICE, Execution, Shape
+from executions import COMPILED, DEVICE, Execution, Shape, is_half, seeds
 from hypothesis import strategies as st
 from ways import is_refused
 
 import mla_triton
 from mla_triton import AttentionState
+from mla_triton.kernels.common import combine
 from mla_triton.testing import DecodeInputs, decode_inputs, plan_of
 from mla_triton.testing.decode_changes import page_size_of
 
 LONGEST = 3000 if COMPILED else 70
 """Keys of a request."""
-MOST_PARTS = 300 if COMPILED else 9
+LONG = 2049 if COMPILED else 0
+"""Keys that one request has at least: configs are those of the longest, by powers of two."""
+MOST_PARTS = 9
+"""Where a kernel is interpreted."""
 SHAPES: tuple[Shape, ...] = (
     {"heads": 16, "latent": 512, "rope": 64, "page_size": 64, "dtype": torch.bfloat16},
     {"heads": 20, "latent": 512, "rope": 64, "page_size": 32, "dtype": torch.float16},
@@ -44,6 +48,12 @@ if COMPILED:
     )
 
 
+FEW_HEADS = (5, 8, 16)
+"""Of shapes that stand for all where these are too many."""
+OLDER_HEADS = (3, *FEW_HEADS)
+"""Of those that older cards' code is tried with: every form of a cache, by few kernels."""
+
+
 @cache
 def taken(execution: Execution) -> tuple[Shape, ...]:
     """The shapes that it takes; the Hopper kernel says of the others that it does not."""
@@ -59,35 +69,73 @@ def is_16_bit(shape: Shape) -> bool:
     return shape.get("stored", "16bit") == "16bit"
 
 
+def pairs(executions: Sequence[Execution]) -> list[tuple[Execution, Shape]]:
+    """Each with the shapes that it takes, or a few of them for older cards' code."""
+    return [
+        (execution, shape)
+        for execution in executions
+        for shape in taken(execution)
+        if execution.label is None or shape["heads"] in OLDER_HEADS
+    ]
+
+
 def page_sizes(inputs: DecodeInputs, execution: Execution) -> list[int]:
-    """What its pages can be cut into, that the execution takes: at least what they are."""
+    """What its pages can be cut into, that the execution takes: one size and what they are."""
     whole = page_size_of(inputs)
     # The Hopper kernel reads e4m3 in boxes of 16 keys and more.
     least = 16 if execution.impl == "sm90" and not is_16_bit(inputs.recipe) else 1
-    return [whole, *(size for size in (32, 16, 1) if least <= size < whole and whole % size == 0)]
+    smaller = [size for size in (32, 16, 1) if least <= size < whole and whole % size == 0]
+    return [*(smaller[:1] if is_half(inputs.recipe) else smaller[-1:]), whole]
+
+
+def parts(shape: Shape, requests: int) -> st.SearchStrategy[int]:
+    """How many a batch is cut into. Pieces of a request decide how the merge is compiled: of each
+    shape they are those of one kernel."""
+    if not COMPILED:
+        return st.integers(1, MOST_PARTS)
+    levels = sorted(combine.LEVELS_OF)
+    most = levels[SHAPES.index(shape) % len(levels)]
+    return st.just(1) | st.integers((most * 5 // 8 + 1) * requests, most * requests)
+
+
+def some_heads(count: int) -> st.SearchStrategy[list[int]]:
+    """Less than half of them, which are of one tile of rows, or all, in any order."""
+    least = max(count // 4 + 1, min(2, count - 1))
+    some = st.lists(
+        st.integers(0, count - 1), min_size=least, max_size=max(least, count // 2 - 1), unique=True
+    )
+    return some | st.permutations(range(count))
 
 
 @st.composite
 def problems(
     draw: st.DrawFn,
-    execution: Execution,
+    shape: Shape,
     *,
-    where: Callable[[Shape], bool] = lambda shape: True,
-    batch: int = 4,
-    s_q: Sequence[int] = (1, 2),
+    s_q: int | None = None,
     causal: Sequence[bool] = (True, False),
     whole_pages: bool = False,
     at_least: int = 0,
 ) -> DecodeInputs:
-    """A problem of one of the shapes; `whole_pages` leaves no page partly filled."""
-    shape = draw(st.sampled_from([shape for shape in taken(execution) if where(shape)]))
+    """A problem of a shape; `whole_pages` leaves no page partly filled.
+
+    How many requests there are and, unless it is said, how many query tokens each has, decides the
+    tile of rows, so that it is not drawn. Two requests are few enough for the tile of few keys.
+    """
     unit = shape["page_size"] if whole_pages else 1
-    lengths = st.integers(-(-at_least // unit), max(2, LONGEST // unit)).map(lambda n: n * unit)
+
+    def lengths(least: int) -> st.SearchStrategy[int]:
+        return st.integers(-(-least // unit), max(2, LONGEST // unit)).map(lambda n: n * unit)
+
+    others = 2 if COMPILED and not is_half(shape) else 1
     return decode_inputs(
-        kv_lens=draw(st.lists(lengths, min_size=min(2, batch), max_size=batch)),
-        s_q=draw(st.sampled_from(s_q)),
+        kv_lens=[
+            draw(lengths(max(LONG, at_least))),
+            *draw(st.lists(lengths(at_least), min_size=others, max_size=others)),
+        ],
+        s_q=s_q or (2 if is_half(shape) else 1),
         causal=draw(st.sampled_from(causal)),
-        seed=draw(st.integers(0, 2**16)),
+        seed=draw(seeds()),
         device=DEVICE,
         **shape,
     )

@@ -2,16 +2,23 @@
 
 Without a GPU these are the reference and the portable kernels in Triton's interpreter. On one they
 are all implementations that there are for it, and what is generated for capabilities 8.0 and 8.9.
+
+Shapes are parameters of a test and not drawn, so that each is tried by everything that takes it. Of
+the rest that kernels are compiled for there is as little as a property needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
-from hypothesis import note, settings
+from hypothesis import assume, note, settings
+from hypothesis import strategies as st
 from ways import Way, forced
 
 import mla_triton
@@ -44,11 +51,11 @@ class Execution(NamedTuple):
         return self.way.impl
 
     @contextmanager
-    def in_force(self) -> Iterator[Execution]:
-        """Inside, calls with this `impl` run as said here."""
+    def in_force(self, cache: Path) -> Iterator[Execution]:
+        """Inside, calls with this `impl` run as said here; `cache` keeps older cards' code."""
         with ExitStack() as stack:
             if self.label is not None:
-                stack.enter_context(code_of(self.label))
+                stack.enter_context(code_of(self.label, cache))
             stack.enter_context(forced(self.way))
             yield self
 
@@ -64,10 +71,47 @@ def executions(*hopper: Way) -> list[Execution]:
     return found
 
 
-def examples() -> settings:
+def over(pairs: Iterable[tuple[Execution, Shape]]) -> pytest.MarkDecorator:
+    """A test for each execution and shape."""
+    listed = list(pairs)
+    names = [
+        f"{execution} {'-'.join(map(str, shape.values()))}".replace("torch.", "")
+        for execution, shape in listed
+    ]
+    return pytest.mark.parametrize(
+        ("execution", "shape"), listed, ids=names, indirect=["execution"]
+    )
+
+
+def most_examples() -> int:
     """As many as the profile says, or a share of them where they are slow."""
-    count = settings.default.max_examples
-    return settings(max_examples=count if COMPILED else max(1, count // INTERPRETED_SHARE))
+    return settings.default.max_examples // (1 if COMPILED else INTERPRETED_SHARE)
+
+
+def examples(pairs: Sequence[tuple[Execution, Shape]]) -> settings:
+    """Of each shape so many that every execution has them all, however few shapes it takes; but for
+    older cards' code, which has a few shapes and as many examples of each as the others."""
+    taken = Counter(execution for execution, _ in pairs if execution.label is None)
+    return settings(max_examples=max(1, -(-most_examples() // min(taken.values()))))
+
+
+@st.composite
+def seeds(draw: st.DrawFn) -> int:
+    """Of a problem, never 0: the simplest example, which hypothesis tries first, is none of the few
+    that a shape has."""
+    seed = draw(st.integers(0, 2**16))
+    assume(seed != 0)
+    return seed
+
+
+def is_half(shape: Shape) -> bool:
+    """float16, which is as good a way as any to tell shapes apart."""
+    return shape["dtype"] == torch.float16
+
+
+def parts_of(shape: Shape, shapes: Sequence[Shape]) -> int:
+    """In how many parts keys are partitioned: a merge of so many states is a kernel of its own."""
+    return 2 + shapes.index(shape) % 3
 
 
 def reproduction(inputs: Any, change: str, execution: Execution) -> None:

@@ -11,16 +11,24 @@ are as few of the rest as it takes: one number of query tokens, two page sizes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import bounds
 import decodes
 import prefills
-import pytest
 import torch
 from decodes import DEVICE
-from executions import COMPILED, Execution, Shape, examples, executions, reproduction
+from executions import (
+    COMPILED,
+    Execution,
+    Shape,
+    executions,
+    is_half,
+    most_examples,
+    over,
+    reproduction,
+    seeds,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ways import Way
@@ -45,42 +53,16 @@ LENGTHS = (PIECE + 1, *SHORT, PIECE - 1, 2 * PIECE + 65)
 """Keys of a request: those of two pieces, of one and of three."""
 if COMPILED:
     LENGTHS += (4 * PIECE + 1, 20_000)
-FEW_HEADS = (5, 8, 16)
-"""Of the shapes that older cards' code, ragged queries and plans are tried with: all of the former
-is compiled anew by every process."""
-
 
 EXECUTIONS = executions(Way("sm90"))
-EVERY = [
+EVERY = decodes.pairs(EXECUTIONS)
+FEW = [
     (execution, shape)
-    for execution in EXECUTIONS
-    for shape in decodes.taken(execution)
-    if execution.label is None or shape["heads"] in FEW_HEADS
+    for execution, shape in EVERY
+    if execution.label is None and shape["heads"] in decodes.FEW_HEADS
 ]
-FEW = [pair for pair in EVERY if pair[0].label is None and pair[1]["heads"] in FEW_HEADS]
-PREFILLS = [
-    (execution, shape)
-    for execution in EXECUTIONS
-    for shape in prefills.taken(execution)[: 2 if execution.label else None]
-]
-EXAMPLES = settings(
-    max_examples=max(3 if COMPILED else 2, examples().max_examples // len(decodes.SHAPES))
-)
-
-
-def over(pairs: list[tuple[Execution, Shape]]) -> pytest.MarkDecorator:
-    """A test for each execution and shape."""
-    names = [
-        f"{execution} {'-'.join(map(str, shape.values()))}".replace("torch.", "")
-        for execution, shape in pairs
-    ]
-    return pytest.mark.parametrize(("execution", "shape"), pairs, ids=names, indirect=["execution"])
-
-
-@pytest.fixture(scope="module")
-def execution(request: pytest.FixtureRequest) -> Iterator[Execution]:
-    with request.param.in_force() as execution:
-        yield execution
+"""Of each other kind of call: older cards' code is compiled for a few as it is."""
+EXAMPLES = settings(max_examples=max(3 if COMPILED else 1, most_examples() // len(decodes.SHAPES)))
 
 
 def run(inputs: DecodeInputs, execution: Execution) -> AttentionState:
@@ -107,21 +89,10 @@ def long_problems(draw: st.DrawFn, shape: Shape, s_q: int = 1) -> DecodeInputs:
             *draw(st.lists(others, min_size=1, max_size=2)),
         ],
         s_q=s_q,
-        seed=draw(st.integers(0, 2**16)),
+        seed=draw(seeds()),
         device=DEVICE,
         **shape,
     )
-
-
-def is_half(shape: Shape) -> bool:
-    """float16, which is as good a way as any to tell shapes apart."""
-    return shape["dtype"] == torch.float16
-
-
-def page_sizes(inputs: DecodeInputs, execution: Execution) -> list[int]:
-    """Of one problem at most two."""
-    whole, *smaller = decodes.page_sizes(inputs, execution)
-    return [*smaller[:1], whole] if is_half(inputs.recipe) else [*smaller[-1:], whole]
 
 
 @over(EVERY)
@@ -131,7 +102,7 @@ def test_a_request_of_a_decode_is_alone(execution, shape, data):
     inputs = data.draw(long_problems(shape, s_q=2 if is_half(shape) else 1))
     count = len(inputs.kv_lens)
     order = data.draw(st.lists(st.integers(0, count - 1), min_size=1, unique=True))
-    size = data.draw(st.sampled_from(page_sizes(inputs, execution)))
+    size = data.draw(st.sampled_from(decodes.page_sizes(inputs, execution)))
     seed, by = data.draw(st.integers(0, 2**16)), data.draw(st.sampled_from((1, 0, 5000)))
     change = f"widened(reordered(repaged(relocated(inputs, {seed}), {size}), {order}), {by})"
     reproduction(inputs, change, execution)
@@ -186,15 +157,13 @@ def test_a_plan_changes_nothing(execution, shape, data):
     )
 
 
-@over(PREFILLS)
+@over(prefills.pairs(EXECUTIONS))
 @EXAMPLES
 @given(data=st.data())
 def test_a_sequence_of_a_prefill_is_alone(execution, shape, data):
     """Among long sequences, or short ones, for which tiles would be others."""
     causal = not is_half(shape)
-    inputs = data.draw(
-        prefills.problems(execution, where=lambda other: other == shape, causal=(causal,))
-    )
+    inputs = data.draw(prefills.problems(shape, causal=(causal,)))
     own = prefill_changes.spans(inputs.cu_seqlens_q)
     order = data.draw(st.lists(st.integers(0, len(own) - 1), min_size=1, max_size=len(own) + 1))
     reproduction(inputs, f"reordered(inputs, {order})", execution)

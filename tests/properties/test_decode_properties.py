@@ -19,16 +19,14 @@ problem before the change, so it is no matter what the oracle makes of the chang
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from math import log
 
 import bounds
 import decodes
-import pytest
 import torch
 from decodes import DEVICE, is_16_bit, problems, run
-from executions import Execution, examples, executions, merge, picking, reproduction
+from executions import examples, executions, is_half, merge, over, parts_of, picking, reproduction
 from hypothesis import given
 from hypothesis import strategies as st
 from ways import Way
@@ -45,22 +43,20 @@ from mla_triton.testing import (
 from mla_triton.testing import decode_changes as changes
 from mla_triton.testing.problems import LARGE_LOGIT, int32
 
-EXECUTIONS = executions(Way("sm90", 1), Way("sm90", 2))
-
-
-@pytest.fixture(scope="module", params=EXECUTIONS, ids=str)
-def execution(request: pytest.FixtureRequest) -> Iterator[Execution]:
-    with request.param.in_force() as execution:
-        yield execution
+EVERY = decodes.pairs(executions(Way("sm90", 1), Way("sm90", 2)))
+EXAMPLES = examples(EVERY)
+SEVERAL = 3
+"""Query tokens of a request, where there have to be some."""
 
 
 # -- bit for bit
 
 
-@examples()
-@given(st.data())
-def test_the_order_of_the_batch_does_not_matter(execution, data):
-    inputs = data.draw(problems(execution))
+@over(EVERY)
+@EXAMPLES
+@given(data=st.data())
+def test_the_order_of_the_batch_does_not_matter(execution, shape, data):
+    inputs = data.draw(problems(shape))
     order = data.draw(st.permutations(range(len(inputs.kv_lens))))
     reproduction(inputs, f"reordered(inputs, {order}) in one part", execution)
     moved = changes.reordered(inputs, order)
@@ -69,19 +65,21 @@ def test_the_order_of_the_batch_does_not_matter(execution, data):
     assert_same_bits(got, bounds.rows(expected, order))
 
 
-@examples()
-@given(st.data())
-def test_places_of_pages_do_not_matter(execution, data):
-    inputs = data.draw(problems(execution))
+@over(EVERY)
+@EXAMPLES
+@given(data=st.data())
+def test_places_of_pages_do_not_matter(execution, shape, data):
+    inputs = data.draw(problems(shape))
     seed = data.draw(st.integers(0, 2**16))
     reproduction(inputs, f"relocated(inputs, {seed})", execution)
     assert_same_bits(run(changes.relocated(inputs, seed), execution), run(inputs, execution))
 
 
-@examples()
-@given(st.data())
-def test_another_request_may_lose_its_keys(execution, data):
-    inputs = data.draw(problems(execution))
+@over(EVERY)
+@EXAMPLES
+@given(data=st.data())
+def test_another_request_may_lose_its_keys(execution, shape, data):
+    inputs = data.draw(problems(shape))
     last = len(inputs.kv_lens) - 1
     request = data.draw(st.integers(0, last))
     reproduction(inputs, f"emptied(inputs, {request}) in one part", execution)
@@ -94,10 +92,11 @@ def test_another_request_may_lose_its_keys(execution, data):
     assert (got.lse[request] == -torch.inf).all()
 
 
-@examples()
-@given(st.data())
-def test_nan_in_a_request_is_of_that_request_alone(execution, data):
-    inputs = data.draw(problems(execution, at_least=1))
+@over(EVERY)
+@EXAMPLES
+@given(data=st.data())
+def test_nan_in_a_request_is_of_that_request_alone(execution, shape, data):
+    inputs = data.draw(problems(shape, at_least=1))
     last = len(inputs.kv_lens) - 1
     request = data.draw(st.integers(0, last))
     key = data.draw(st.integers(0, int(inputs.kv_lens[request]) - 1))
@@ -111,11 +110,12 @@ def test_nan_in_a_request_is_of_that_request_alone(execution, data):
     assert got.out[request, -1].isnan().any(-1).all()
 
 
-@examples()
-@given(st.data())
-def test_values_may_be_scaled(execution, data):
+@over(EVERY)
+@EXAMPLES
+@given(data=st.data())
+def test_values_may_be_scaled(execution, shape, data):
     """By powers of two that keep all numbers normal; those of out that are not are left out."""
-    inputs = changes.coarse(data.draw(problems(execution)))
+    inputs = changes.coarse(data.draw(problems(shape)))
     exponent = data.draw(st.integers(1, 4))
     reproduction(inputs, f"scaled(coarse(inputs), {exponent})", execution)
     plain, larger = run(inputs, execution), run(changes.scaled(inputs, exponent), execution)
@@ -127,10 +127,11 @@ def test_values_may_be_scaled(execution, data):
 # -- within the budget
 
 
-@examples()
-@given(st.data())
-def test_the_order_of_a_batch_in_several_parts(execution, data):
-    inputs = data.draw(problems(execution))
+@over(EVERY)
+@EXAMPLES
+@given(data=st.data())
+def test_the_order_of_a_batch_in_several_parts(execution, shape, data):
+    inputs = data.draw(problems(shape))
     order = data.draw(st.permutations(range(len(inputs.kv_lens))))
     reproduction(inputs, f"reordered(inputs, {order})", execution)
     back = [order.index(b) for b in range(len(order))]
@@ -138,54 +139,56 @@ def test_the_order_of_a_batch_in_several_parts(execution, data):
     assert_within_budget(bounds.rows(got, back), inputs)
 
 
-@examples()
-@given(st.data())
-def test_the_page_size_does_not_matter(execution, data):
-    inputs = data.draw(problems(execution, where=lambda shape: shape["page_size"] > 1))
-    size = data.draw(st.sampled_from(decodes.page_sizes(inputs, execution)))
+@over(pair for pair in EVERY if pair[1]["page_size"] > 1)
+@EXAMPLES
+@given(data=st.data())
+def test_the_page_size_does_not_matter(execution, shape, data):
+    inputs = data.draw(problems(shape))
+    size, *_ = decodes.page_sizes(inputs, execution)
     reproduction(inputs, f"repaged(inputs, {size})", execution)
     assert_within_budget(run(changes.repaged(inputs, size), execution), inputs)
 
 
-@examples()
-@given(st.data())
-def test_heads_do_not_know_of_each_other(execution, data):
-    inputs = data.draw(problems(execution))
-    count = inputs.q_nope.shape[-2]
-    heads = data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=count, unique=True))
+@over(EVERY)
+@EXAMPLES
+@given(data=st.data())
+def test_heads_do_not_know_of_each_other(execution, shape, data):
+    inputs = data.draw(problems(shape))
+    heads = data.draw(decodes.some_heads(inputs.q_nope.shape[-2]))
     reproduction(inputs, f"of_heads(inputs, {heads})", execution)
     got, budget = run(changes.of_heads(inputs, heads), execution), decode_budget(inputs)
     exact = AttentionState(budget.exact.out[:, :, heads], budget.exact.lse[:, :, heads])
     bounds.assert_is(got, exact, changes.of_heads(inputs, heads))
 
 
-@examples()
-@given(st.data())
-def test_the_number_of_parts_does_not_matter(execution, data):
-    if execution.impl == "reference":
-        return  # It splits nothing.
-    inputs = data.draw(problems(execution))
-    parts = data.draw(st.integers(1, decodes.MOST_PARTS))
+@over(pair for pair in EVERY if pair[0].impl != "reference")
+@EXAMPLES
+@given(data=st.data())
+def test_the_number_of_parts_does_not_matter(execution, shape, data):
+    inputs = data.draw(problems(shape))
+    parts = data.draw(decodes.parts(shape, len(inputs.kv_lens)))
     reproduction(inputs, f"parts={parts}", execution)
     plan = plan_of(inputs, execution.impl, parts)
     assert_within_budget(run(inputs, execution, plan=plan), inputs)
 
 
-@examples()
-@given(st.data())
-def test_a_plan_that_knows_the_format_changes_no_bit(execution, data):
-    inputs = data.draw(problems(execution))
+@over(EVERY)
+@EXAMPLES
+@given(data=st.data())
+def test_a_plan_that_knows_the_format_changes_no_bit(execution, shape, data):
+    inputs = data.draw(problems(shape))
     reproduction(inputs, "with a plan", execution)
     plan = plan_of(inputs, execution.impl)
     assert_same_bits(run(inputs, execution, plan=plan), run(inputs, execution))
 
 
-@examples()
-@given(st.data())
-def test_queries_in_chunks_are_the_whole(execution, data):
+@over(EVERY)
+@EXAMPLES
+@given(data=st.data())
+def test_queries_in_chunks_are_the_whole(execution, shape, data):
     """As a prompt comes in chunks: ragged queries, the keys of a chunk ending with its own."""
-    inputs = data.draw(problems(execution, s_q=(3, 5), batch=2))
-    size = data.draw(st.integers(2, 4))
+    inputs = data.draw(problems(shape, s_q=SEVERAL, causal=(not is_half(shape),)))
+    size = 2
     reproduction(inputs, f"query_blocks(ragged(inputs), {size})", execution)
     batch, s_q = inputs.q_nope.shape[:2]
     bounds_of = int32(range(0, batch * s_q + 1, s_q)).to(DEVICE)
@@ -199,23 +202,25 @@ def test_queries_in_chunks_are_the_whole(execution, data):
     assert_within_budget(AttentionState(**whole), ragged)
 
 
-@examples()
-@given(st.data())
-def test_any_partition_of_the_pages_merges_to_the_whole(execution, data):
+@over(EVERY)
+@EXAMPLES
+@given(data=st.data())
+def test_any_partition_of_the_pages_merges_to_the_whole(execution, shape, data):
     """Of queries that see all keys, for which these have no order."""
-    inputs = data.draw(problems(execution, causal=(False,), whole_pages=True))
-    parts, seed = data.draw(st.integers(2, 4)), data.draw(st.integers(0, 2**16))
+    inputs = data.draw(problems(shape, causal=(False,), whole_pages=True))
+    parts, seed = parts_of(shape, decodes.SHAPES), data.draw(st.integers(0, 2**16))
     reproduction(inputs, f"merge(partitioned(inputs, {parts}, {seed}))", execution)
     pieces = changes.partitioned(inputs, parts, seed)
     states = [run(piece, execution) for piece in pieces]
     bounds.assert_merges_to(merge(states, execution), inputs, pieces, states)
 
 
-@examples()
-@given(st.data())
-def test_causal_is_truncated_lengths(execution, data):
+@over(EVERY)
+@EXAMPLES
+@given(data=st.data())
+def test_causal_is_truncated_lengths(execution, shape, data):
     """Without a mask, over the keys that a query token sees."""
-    inputs = data.draw(problems(execution, s_q=(2, 3), causal=(True,), batch=2))
+    inputs = data.draw(problems(shape, s_q=SEVERAL, causal=(True,)))
     reproduction(inputs, "truncated(inputs, False)", execution)
     state = run(changes.truncated(inputs, causal=False), execution)
     batch, s_q = inputs.q_nope.shape[:2]
@@ -223,11 +228,12 @@ def test_causal_is_truncated_lengths(execution, data):
     assert_within_budget(AttentionState(*rows), inputs)
 
 
-@examples()
-@given(st.data())
-def test_a_row_of_several_is_a_decode_at_its_length(execution, data):
+@over(EVERY)
+@EXAMPLES
+@given(data=st.data())
+def test_a_row_of_several_is_a_decode_at_its_length(execution, shape, data):
     """As in multi-token prediction; the truth is that of single query tokens."""
-    inputs = data.draw(problems(execution, s_q=(2, 3), causal=(True,)))
+    inputs = data.draw(problems(shape, s_q=SEVERAL, causal=(True,)))
     reproduction(inputs, "rows of truncated(inputs, True)", execution)
     single = changes.truncated(inputs, causal=True)
     state = run(inputs, execution)
@@ -235,12 +241,13 @@ def test_a_row_of_several_is_a_decode_at_its_length(execution, data):
     assert_within_budget(rows, single)
 
 
-@examples()
-@given(st.data())
-def test_requests_without_keys_are_neutral(execution, data):
-    inputs = data.draw(problems(execution))
+@over(EVERY)
+@EXAMPLES
+@given(data=st.data())
+def test_requests_without_keys_are_neutral(execution, shape, data):
+    inputs = data.draw(problems(shape))
     count = len(inputs.kv_lens)
-    places = data.draw(st.lists(st.integers(0, count), min_size=1, max_size=3))
+    places = data.draw(st.lists(st.integers(0, count), min_size=2, max_size=2))
     reproduction(inputs, f"joined_by_empty(inputs, {places})", execution)
     rows = [*range(count)]
     for place in places:
@@ -252,21 +259,23 @@ def test_requests_without_keys_are_neutral(execution, data):
     assert (added.lse == -torch.inf).all()
 
 
-@examples()
-@given(st.data())
-def test_keys_that_are_there_twice(execution, data):
+@over(EVERY)
+@EXAMPLES
+@given(data=st.data())
+def test_keys_that_are_there_twice(execution, shape, data):
     """The same out, and an lse that is log 2 more."""
-    inputs = data.draw(problems(execution, causal=(False,), whole_pages=True))
+    inputs = data.draw(problems(shape, causal=(False,), whole_pages=True))
     reproduction(inputs, "doubled(inputs)", execution)
     twice, exact = changes.doubled(inputs), decode_budget(inputs).exact
     bounds.assert_is(run(twice, execution), exact._replace(lse=exact.lse + log(2)), twice)
 
 
-@examples()
-@given(st.data())
-def test_a_shift_of_all_logits(execution, data):
+@over(pair for pair in EVERY if pair[1]["rope"] > 0)
+@EXAMPLES
+@given(data=st.data())
+def test_a_shift_of_all_logits(execution, shape, data):
     """The same out, and an lse that is shifted as far."""
-    inputs = data.draw(problems(execution, where=lambda shape: shape["rope"] > 0))
+    inputs = data.draw(problems(shape))
     level, key = changes.with_a_constant_column(changes.shifted(inputs, 0.0))
     # A whole number, exact in every dtype.
     most = min(256, int(LARGE_LOGIT / (key * inputs.softmax_scale)))
@@ -277,18 +286,19 @@ def test_a_shift_of_all_logits(execution, data):
     bounds.assert_is(run(moved, execution), exact._replace(lse=exact.lse + shift), moved)
 
 
-@examples()
-@given(st.data())
-def test_absorbed_is_unabsorbed(execution, data):
+@over(pair for pair in EVERY if is_16_bit(pair[1]) and "value_dim" not in pair[1])
+@EXAMPLES
+@given(data=st.data())
+def test_absorbed_is_unabsorbed(execution, shape, data):
     """W_UK and W_UV that pick columns, with a sign: absorbing rounds nothing."""
-    inputs = data.draw(problems(execution, where=lambda s: is_16_bit(s) and "value_dim" not in s))
+    inputs = data.draw(problems(shape))
     seed = data.draw(st.integers(0, 2**16))
     reproduction(inputs, f"absorbed with picking({seed})", execution)
     generator = torch.Generator().manual_seed(seed)
     heads, latent = inputs.q_nope.shape[-2:]
     w_uk, w_uv = (picking(heads, latent // 4, latent, generator) for _ in range(2))
     q_nope = inputs.q_nope[..., : latent // 4]
-    query = unabsorbed.absorb_queries(q_nope.double(), w_uk).to(inputs.dtype)
+    query = unabsorbed.absorb_queries(q_nope.double(), w_uk).to(inputs.dtype).contiguous()
     absorbed = replace(inputs, q_nope=query)
     state, budget = run(absorbed, execution), decode_budget(absorbed)
     got = unabsorbed.project_values(state.out.double(), w_uv)

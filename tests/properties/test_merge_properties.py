@@ -12,14 +12,23 @@ is the whole is shown of the reference in float64, to its own roundings.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import bounds
-import pytest
 import torch
-from executions import DEVICE, Execution, Shape, examples, executions, merge, reproduction
+from executions import (
+    DEVICE,
+    Execution,
+    Shape,
+    examples,
+    executions,
+    merge,
+    over,
+    reproduction,
+    seeds,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,25 +54,24 @@ SHAPES: tuple[Shape, ...] = (
     {"states": 4, "heads": 3, "value_dim": 64, "dtype": torch.float16, "stacked": True}
     | {"strided": True},
 )
-EXECUTIONS = executions()
-
-
-@pytest.fixture(scope="module", params=EXECUTIONS, ids=str)
-def execution(request: pytest.FixtureRequest) -> Iterator[Execution]:
-    with request.param.in_force() as execution:
-        yield execution
+EVERY = [
+    (execution, shape)
+    for execution in executions()
+    for shape in (SHAPES[::2] if execution.label else SHAPES)
+]
+EXAMPLES = examples(EVERY)
 
 
 @st.composite
-def problems(draw: st.DrawFn, shapes: Sequence[Shape] = SHAPES, **fixed: Any) -> MergeInputs:
+def problems(draw: st.DrawFn, shape: Shape, **fixed: Any) -> MergeInputs:
     drawn = {
         "tokens": (draw(st.integers(1, 9)),),
         "empty": draw(st.sampled_from([0.3, 0.0, 1.0])),
         "spread": draw(st.sampled_from(["near", "far", "equal"])),
         "level": draw(st.sampled_from([0.0, 900.0, -900.0])),
-        "seed": draw(st.integers(0, 2**16)),
+        "seed": draw(seeds()),
     }
-    return merge_inputs(**(drawn | fixed), **draw(st.sampled_from(shapes)), device=DEVICE)
+    return merge_inputs(**(drawn | fixed), **shape, device=DEVICE)
 
 
 def run(inputs: MergeInputs, execution: Execution) -> AttentionState:
@@ -81,12 +89,12 @@ def with_states(inputs: MergeInputs, states: Sequence[AttentionState]) -> MergeI
 # -- bit for bit
 
 
-@examples()
-@given(st.data())
-def test_empty_states_are_neutral(execution, data):
+@over(pair for pair in EVERY if pair[1].get("stacked"))
+@EXAMPLES
+@given(data=st.data())
+def test_empty_states_are_neutral(execution, shape, data):
     """Of a stack: one of more than so many states is walked through in groups."""
-    stacked = [shape for shape in SHAPES if shape.get("stacked")]
-    inputs = data.draw(problems(stacked))
+    inputs = data.draw(problems(shape))
     place = data.draw(st.integers(0, len(inputs.states)))
     content = data.draw(st.sampled_from([float("nan"), float("inf"), -float("inf"), 7.0]))
     reproduction(inputs, f"an empty state of {content} at {place}", execution)
@@ -104,10 +112,11 @@ def test_empty_states_are_neutral(execution, data):
     assert_within_budget(run(with_states(inputs, states), execution), inputs)
 
 
-@examples()
-@given(st.data())
-def test_an_empty_state_beside_one_is_that_one(execution, data):
-    inputs = data.draw(problems(SHAPES[:2], empty=0.0))
+@over(pair for pair in EVERY if pair[1] in SHAPES[:2])
+@EXAMPLES
+@given(data=st.data())
+def test_an_empty_state_beside_one_is_that_one(execution, shape, data):
+    inputs = data.draw(problems(shape, empty=0.0))
     one = inputs.states[0]
     place = data.draw(st.integers(0, 1))
     reproduction(inputs, f"merge(its first state, with an empty one at {place})", execution)
@@ -117,11 +126,12 @@ def test_an_empty_state_beside_one_is_that_one(execution, data):
     assert_same_bits(merge(states, execution), one)
 
 
-@examples()
-@given(st.data())
-def test_rows_do_not_know_of_each_other(execution, data):
+@over(EVERY)
+@EXAMPLES
+@given(data=st.data())
+def test_rows_do_not_know_of_each_other(execution, shape, data):
     """Some of the rows in any order, while another is NaN."""
-    inputs = data.draw(problems())
+    inputs = data.draw(problems(shape))
     tokens = data.draw(st.permutations(range(inputs.states[0].lse.shape[0])))
     reproduction(inputs, f"tokens {tokens}, the last of them NaN", execution)
     *chosen, broken = tokens
@@ -134,11 +144,12 @@ def test_rows_do_not_know_of_each_other(execution, data):
     assert got.out[-1].isnan().all(), broken
 
 
-@examples()
-@given(st.data())
-def test_values_may_be_scaled(execution, data):
+@over(EVERY)
+@EXAMPLES
+@given(data=st.data())
+def test_values_may_be_scaled(execution, shape, data):
     """By powers of two; elements of out that are not normal numbers are left out."""
-    inputs = data.draw(problems())
+    inputs = data.draw(problems(shape))
     exponent = data.draw(st.integers(1, 4))
     reproduction(inputs, f"out * 2**{exponent}", execution)
     larger = [state._replace(out=state.out * 2**exponent) for state in inputs.states]
@@ -151,21 +162,23 @@ def test_values_may_be_scaled(execution, data):
 # -- within the budget
 
 
-@examples()
-@given(st.data())
-def test_the_order_of_states_is_of_no_matter(execution, data):
-    inputs = data.draw(problems([shape for shape in SHAPES if "first_dtype" not in shape]))
+@over(pair for pair in EVERY if "first_dtype" not in pair[1])
+@EXAMPLES
+@given(data=st.data())
+def test_the_order_of_states_is_of_no_matter(execution, shape, data):
+    inputs = data.draw(problems(shape))
     order = data.draw(st.permutations(range(len(inputs.states))))
     reproduction(inputs, f"states {order}", execution)
     turned = with_states(inputs, [inputs.states[n] for n in order])
     assert_within_budget(run(turned, execution), inputs)
 
 
-@examples()
-@given(st.data())
-def test_a_shift_of_all_lse(execution, data):
+@over(EVERY)
+@EXAMPLES
+@given(data=st.data())
+def test_a_shift_of_all_lse(execution, shape, data):
     """The same out, and an lse that is shifted as far."""
-    inputs = data.draw(problems(level=0.0))
+    inputs = data.draw(problems(shape, level=0.0))
     by = float(data.draw(st.integers(-900, 900)))
     reproduction(inputs, f"lse + {by}", execution)
     moved = [state._replace(lse=state.lse.double() + by) for state in inputs.states]
@@ -180,13 +193,14 @@ def test_a_shift_of_all_lse(execution, data):
     assert_within_budget(got, inputs, budget)
 
 
-@examples()
-@given(st.data())
-def test_merging_is_associative_within_rounding(execution, data):
+@over(pair for pair in EVERY if pair[1]["dtype"] == torch.float32)
+@EXAMPLES
+@given(data=st.data())
+def test_merging_is_associative_within_rounding(execution, shape, data):
     """Some of the states first: as far from the truth as the two merges may be together."""
-    inputs = data.draw(problems([SHAPES[1], SHAPES[4]]))
+    inputs = data.draw(problems(shape))
     states = inputs.states
-    size = data.draw(st.integers(2, min(len(states) - 1, MOST_APART)))
+    size = data.draw(st.sampled_from((2, min(len(states) - 1, MOST_APART))))
     reproduction(inputs, f"merge(merge(states[:{size}]), *states[{size}:])", execution)
     first = MergeInputs(states[:size], None, torch.float32)
     stack = [run(first, execution), *states[size:]]
@@ -204,19 +218,22 @@ def test_merging_is_associative_within_rounding(execution, data):
     assert (off <= inner_budget.lse + outer_budget.lse).all()
 
 
-@examples()
-@given(
-    kv_lens=st.lists(st.integers(0, 90), min_size=1, max_size=3),
-    cuts=st.lists(st.integers(0, 7), min_size=1, max_size=6),
-    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+@over(
+    (execution, {"dtype": dtype, "parts": parts})
+    for execution in executions()
+    for dtype, parts in ((torch.float16, 2), (torch.bfloat16, 7), (torch.float32, 4))
 )
-def test_the_parts_of_a_decode_are_the_whole(execution, kv_lens, cuts, dtype):
+@EXAMPLES
+@given(data=st.data())
+def test_the_parts_of_a_decode_are_the_whole(execution, shape, data):
     """Each request's pages in several runs, decoded apart by the oracle; partial results are
     float32 as the kernels' own are, and the result is in the dtype of the whole."""
-    page_size = 16
+    page_size, cut = 16, shape["parts"] - 1
+    cuts = data.draw(st.lists(st.integers(0, 7), min_size=cut, max_size=cut))
     inputs = decode_inputs(
-        kv_lens=kv_lens, heads=3, latent=32, rope=16, page_size=page_size, dtype=dtype,
-        causal=False, device=DEVICE,
+        kv_lens=data.draw(st.lists(st.integers(0, 90), min_size=1, max_size=3)), heads=3,
+        latent=32, rope=16, page_size=page_size, dtype=shape["dtype"], causal=False,
+        seed=data.draw(seeds()), device=DEVICE,
     )  # fmt: skip
     reproduction(inputs, f"merge(its pages cut at {cuts})", execution)
     (q_nope, q_rope, cache, table, lengths), options = inputs.call_arguments()

@@ -13,14 +13,13 @@ truth is the oracle's about the problem before the change.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from math import log
 
 import bounds
-import pytest
+import prefills
 import torch
-from executions import DEVICE, Execution, examples, executions, merge, picking, reproduction
+from executions import DEVICE, examples, executions, merge, over, parts_of, picking, reproduction
 from hypothesis import given
 from hypothesis import strategies as st
 from prefills import problems, run
@@ -32,13 +31,8 @@ from mla_triton.testing import assert_same_bits, assert_within_budget, prefill_b
 from mla_triton.testing import prefill_changes as changes
 from mla_triton.testing.problems import LARGE_LOGIT
 
-EXECUTIONS = executions(Way("sm90"))
-
-
-@pytest.fixture(scope="module", params=EXECUTIONS, ids=str)
-def execution(request: pytest.FixtureRequest) -> Iterator[Execution]:
-    with request.param.in_force() as execution:
-        yield execution
+EVERY = prefills.pairs(executions(Way("sm90")))
+EXAMPLES = examples(EVERY)
 
 
 def rows_but(inputs, sequence: int) -> list[int]:
@@ -50,10 +44,11 @@ def rows_but(inputs, sequence: int) -> list[int]:
 # -- bit for bit
 
 
-@examples()
-@given(st.data())
-def test_the_order_of_the_batch_does_not_matter(execution, data):
-    inputs = data.draw(problems(execution))
+@over(EVERY)
+@EXAMPLES
+@given(data=st.data())
+def test_the_order_of_the_batch_does_not_matter(execution, shape, data):
+    inputs = data.draw(problems(shape))
     queries = changes.spans(inputs.cu_seqlens_q)
     order = data.draw(st.permutations(range(len(queries))))
     reproduction(inputs, f"reordered(inputs, {order})", execution)
@@ -62,10 +57,11 @@ def test_the_order_of_the_batch_does_not_matter(execution, data):
     assert_same_bits(got, bounds.rows(expected, rows))
 
 
-@examples()
-@given(st.data())
-def test_another_sequence_may_lose_its_keys(execution, data):
-    inputs = data.draw(problems(execution))
+@over(EVERY)
+@EXAMPLES
+@given(data=st.data())
+def test_another_sequence_may_lose_its_keys(execution, shape, data):
+    inputs = data.draw(problems(shape))
     queries = changes.spans(inputs.cu_seqlens_q)
     sequence = data.draw(st.integers(0, len(queries) - 1))
     reproduction(inputs, f"without_keys(inputs, {sequence})", execution)
@@ -77,10 +73,11 @@ def test_another_sequence_may_lose_its_keys(execution, data):
     assert (empty.lse == -torch.inf).all()
 
 
-@examples()
-@given(st.data())
-def test_nan_in_a_sequence_is_of_that_sequence_alone(execution, data):
-    inputs = data.draw(problems(execution, at_least=1))
+@over(EVERY)
+@EXAMPLES
+@given(data=st.data())
+def test_nan_in_a_sequence_is_of_that_sequence_alone(execution, shape, data):
+    inputs = data.draw(problems(shape, at_least=1))
     queries, keys = changes.spans(inputs.cu_seqlens_q), changes.spans(inputs.cu_seqlens_k)
     sequence = data.draw(st.integers(0, len(queries) - 1))
     key = data.draw(st.integers(0, len(keys[sequence]) - 1))
@@ -93,11 +90,12 @@ def test_nan_in_a_sequence_is_of_that_sequence_alone(execution, data):
     assert got.out[queries[sequence][-1], :, column].isnan().all()
 
 
-@examples()
-@given(st.data())
-def test_values_may_be_scaled(execution, data):
+@over(EVERY)
+@EXAMPLES
+@given(data=st.data())
+def test_values_may_be_scaled(execution, shape, data):
     """By powers of two; elements of out that are not normal numbers are left out."""
-    inputs = data.draw(problems(execution))
+    inputs = data.draw(problems(shape))
     exponent = data.draw(st.integers(1, 4))
     reproduction(inputs, f"scaled(inputs, {exponent})", execution)
     plain, larger = run(inputs, execution), run(changes.scaled(inputs, exponent), execution)
@@ -106,11 +104,12 @@ def test_values_may_be_scaled(execution, data):
     assert torch.equal(plain.lse, larger.lse)
 
 
-@examples()
-@given(st.data())
-def test_heads_may_stand_in_any_order(execution, data):
+@over(pair for pair in EVERY if "kv_heads" not in pair[1])
+@EXAMPLES
+@given(data=st.data())
+def test_heads_may_stand_in_any_order(execution, shape, data):
     """Some of them twice, others not at all: as many as before, so that the config is the same."""
-    inputs = data.draw(problems(execution, where=lambda shape: "kv_heads" not in shape))
+    inputs = data.draw(problems(shape))
     count = inputs.q.shape[1]
     heads = data.draw(st.lists(st.integers(0, count - 1), min_size=count, max_size=count))
     reproduction(inputs, f"of_heads(inputs, {heads})", execution)
@@ -122,10 +121,11 @@ def test_heads_may_stand_in_any_order(execution, data):
 # -- within the budget
 
 
-@examples()
-@given(st.data())
-def test_heads_do_not_know_of_each_other(execution, data):
-    inputs = data.draw(problems(execution))
+@over(EVERY)
+@EXAMPLES
+@given(data=st.data())
+def test_heads_do_not_know_of_each_other(execution, shape, data):
+    inputs = data.draw(problems(shape))
     count = inputs.q.shape[1]
     heads = data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=count, unique=True))
     reproduction(inputs, f"of_heads(inputs, {heads})", execution)
@@ -134,10 +134,11 @@ def test_heads_do_not_know_of_each_other(execution, data):
     bounds.assert_is(run(some, execution), truth, some)
 
 
-@examples()
-@given(st.data())
-def test_queries_in_chunks_are_the_whole(execution, data):
-    inputs = data.draw(problems(execution, batch=2))
+@over(EVERY)
+@EXAMPLES
+@given(data=st.data())
+def test_queries_in_chunks_are_the_whole(execution, shape, data):
+    inputs = data.draw(problems(shape, batch=2))
     longest = max(map(len, changes.spans(inputs.cu_seqlens_q)))
     size = data.draw(st.integers(-(-longest // 4), longest))
     reproduction(inputs, f"query_chunks(inputs, {size})", execution)
@@ -147,29 +148,31 @@ def test_queries_in_chunks_are_the_whole(execution, data):
     assert_within_budget(AttentionState(**whole), inputs)
 
 
-@examples()
-@given(st.data())
-def test_any_partition_of_the_keys_merges_to_the_whole(execution, data):
+@over(EVERY)
+@EXAMPLES
+@given(data=st.data())
+def test_any_partition_of_the_keys_merges_to_the_whole(execution, shape, data):
     """Of queries that see all keys, for which these have no order."""
-    inputs = data.draw(problems(execution, causal=(False,)))
-    parts, seed = data.draw(st.integers(2, 4)), data.draw(st.integers(0, 2**16))
+    inputs = data.draw(problems(shape, causal=(False,)))
+    parts, seed = parts_of(shape, prefills.SHAPES), data.draw(st.integers(0, 2**16))
     reproduction(inputs, f"merge(partitioned(inputs, {parts}, {seed}))", execution)
     pieces = changes.partitioned(inputs, parts, seed)
     states = [run(piece, execution) for piece in pieces]
     bounds.assert_merges_to(merge(states, execution), inputs, pieces, states)
 
 
-@examples()
-@given(st.data())
-def test_causal_chunks_of_keys_merge_to_the_whole(execution, data):
+@over(EVERY)
+@EXAMPLES
+@given(data=st.data())
+def test_causal_chunks_of_keys_merge_to_the_whole(execution, shape, data):
     """As prompts are prefilled: what came before in parts, without a mask, then the queries' own
     keys with one."""
-    inputs = data.draw(problems(execution, causal=(True,), at_least=1))
+    inputs = data.draw(problems(shape, causal=(True,), at_least=1))
     queries, keys = changes.spans(inputs.cu_seqlens_q), changes.spans(inputs.cu_seqlens_k)
     # Queries that see no key of their own have no place in a prompt.
     asking = [q[max(0, len(q) - len(k)) :] for q, k in zip(queries, keys, strict=True)]
     inputs = changes.with_rows(inputs, asking)
-    parts = data.draw(st.integers(1, 3))
+    parts = parts_of(shape, prefills.SHAPES) - 1
     reproduction(inputs, f"its queries' own keys and {parts} chunks before", execution)
     before = [k[: len(k) - len(q)] for q, k in zip(asking, keys, strict=True)]
     own = [k[len(k) - len(q) :] for q, k in zip(asking, keys, strict=True)]
@@ -181,41 +184,45 @@ def test_causal_chunks_of_keys_merge_to_the_whole(execution, data):
     bounds.assert_merges_to(merge(states, execution), inputs, pieces, states)
 
 
-@examples()
-@given(st.data())
-def test_causal_is_truncated_keys(execution, data):
-    inputs = data.draw(problems(execution, causal=(True,), batch=1))
+@over(EVERY)
+@EXAMPLES
+@given(data=st.data())
+def test_causal_is_truncated_keys(execution, shape, data):
+    inputs = data.draw(problems(shape, causal=(True,), batch=1))
     reproduction(inputs, "truncated(inputs)", execution)
     assert_within_budget(run(changes.truncated(inputs), execution), inputs)
     single = changes.truncated(inputs)
     assert_within_budget(run(inputs, execution), single)
 
 
-@examples()
-@given(st.data())
-def test_sequences_without_rows_are_neutral(execution, data):
-    inputs = data.draw(problems(execution))
+@over(EVERY)
+@EXAMPLES
+@given(data=st.data())
+def test_sequences_without_rows_are_neutral(execution, shape, data):
+    inputs = data.draw(problems(shape))
     count = len(changes.spans(inputs.cu_seqlens_q))
     places = data.draw(st.lists(st.integers(0, count), min_size=1, max_size=3))
     reproduction(inputs, f"joined_by_empty(inputs, {places})", execution)
     assert_within_budget(run(changes.joined_by_empty(inputs, places), execution), inputs)
 
 
-@examples()
-@given(st.data())
-def test_keys_that_are_there_twice(execution, data):
+@over(EVERY)
+@EXAMPLES
+@given(data=st.data())
+def test_keys_that_are_there_twice(execution, shape, data):
     """The same out, and an lse that is log 2 more."""
-    inputs = data.draw(problems(execution, causal=(False,)))
+    inputs = data.draw(problems(shape, causal=(False,)))
     reproduction(inputs, "doubled(inputs)", execution)
     twice, exact = changes.doubled(inputs), prefill_budget(inputs).exact
     bounds.assert_is(run(twice, execution), exact._replace(lse=exact.lse + log(2)), twice)
 
 
-@examples()
-@given(st.data())
-def test_a_shift_of_all_logits(execution, data):
+@over(EVERY)
+@EXAMPLES
+@given(data=st.data())
+def test_a_shift_of_all_logits(execution, shape, data):
     """The same out, and an lse that is shifted as far."""
-    inputs = data.draw(problems(execution))
+    inputs = data.draw(problems(shape))
     # A whole number, exact in every dtype.
     most = min(256, int(LARGE_LOGIT / inputs.softmax_scale))
     by = float(data.draw(st.integers(-most, most)))
@@ -225,11 +232,12 @@ def test_a_shift_of_all_logits(execution, data):
     bounds.assert_is(run(moved, execution), truth, moved)
 
 
-@examples()
-@given(st.data())
-def test_expanded_latents(execution, data):
+@over(pair for pair in EVERY if "kv_heads" not in pair[1])
+@EXAMPLES
+@given(data=st.data())
+def test_expanded_latents(execution, shape, data):
     """Keys and values made from latents; W_UK and W_UV pick columns, so that nothing is rounded."""
-    inputs = data.draw(problems(execution, where=lambda shape: "kv_heads" not in shape))
+    inputs = data.draw(problems(shape))
     heads, v_dim = inputs.v.shape[1:]
     nope, latent = inputs.recipe["qk"] - inputs.recipe["rope"], 2 * v_dim
     seed = data.draw(st.integers(0, 2**16))
