@@ -38,7 +38,7 @@ SLOTS = 2
 READY = {(16, 4): 3, (32, 4): 1, (16, 8): 2, (32, 8): 2, (64, 8): 0}
 """Operands that are made of latents before the weights are there, by rows and warps: what registers
 hold."""
-STEP = {16: 64, 32: 64, 64: 32}
+STEP = {(16, 4): 64, (32, 4): 32, (16, 8): 64, (32, 8): 64, (64, 8): 32}
 """Keys of such an operand."""
 GROUPED_READY = {(16, 4): 1, (16, 8): 2, (32, 8): 2}
 GROUPED_STEP = 64
@@ -199,7 +199,7 @@ def variant(problem: DecodeProblem, config: Config, geometry: Geometry, device: 
             ("WARPS", warps),
             ("SLOTS", SLOTS),
             ("READY", (GROUPED_READY if groups else READY)[rows, warps]),
-            ("STEP", GROUPED_STEP if groups else STEP[rows]),
+            ("STEP", GROUPED_STEP if groups else STEP[rows, warps]),
         ),
         ALIGNED,
         num_warps=warps,

@@ -366,7 +366,7 @@ def attend(
             else:
                 if block + KEYS > end_key:
                     clear_past(shared, slot, end_key - block, VALUE, WARPS)
-                if ROWS > 32:
+                if ROWS // WARPS >= 8:
                     scores = multiply_key_halves(
                         shared, step, slot, zero, rope_ratio, ROWS, VALUE, TAIL, WARPS, PRODUCT
                     )
