@@ -35,7 +35,7 @@ REGISTERS_AT_LAUNCH = {4: 128, 8: 168}
 LOADER_REGISTERS = gl.constexpr(24)
 SLOTS = 2
 """Blocks of latents in shared memory: one in hand, one on its way."""
-READY = {(16, 4): 3, (32, 4): 1, (16, 8): 2, (32, 8): 2, (64, 8): 0}
+READY = {(16, 4): 0, (32, 4): 1, (16, 8): 2, (32, 8): 2, (64, 8): 0}
 """Operands that are made of latents before the weights are there, by rows and warps: what registers
 hold."""
 STEP = {(16, 4): 64, (32, 4): 32, (16, 8): 64, (32, 8): 64, (64, 8): 32}
