@@ -144,8 +144,10 @@ def quantised_kernel(
         key_scales = latent
         words = latent
         weights = gl.allocate_shared_memory(gl.float16, [1, KEYS, ROWS], WEIGHTS)
+    LINES: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    maxima = gl.allocate_shared_memory(gl.float32, [WARPS, ROWS], LINES)
     shared = _Shared(
-        query, query_rope, latent, words, rope, key_scales, weights,
+        query, query_rope, latent, words, rope, key_scales, weights, maxima,
         barriers(SLOTS, 1), barriers(SLOTS, 1), barriers(1, 1), barriers(1, 1),
     )  # fmt: skip
     gl.warp_specialize(

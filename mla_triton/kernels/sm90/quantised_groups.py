@@ -27,7 +27,7 @@ from mla_triton.kernels.sm90.quantised_operands import (
     CHUNK,
     WARP_KEYS,
     as_operand,
-    key_bytes,
+    load_keys,
     warps_apart,
 )
 
@@ -81,9 +81,12 @@ def multiply_grouped_keys(
     mbarrier.wait(shared.rope_full.index(0), step & 1)
     queries = shared.query_rope.index(zero).permute((1, 0))
     product = warpgroup_mma(shared.rope.index(0), queries, scores, use_acc=False, is_async=True)
+    following = load_keys(shared, slot, 0, WARPS)
     for group in gl.static_range(GROUPS):
-        part = shared.latent.index(slot).slice(group * CHUNK, CHUNK, dim=1)
-        keys = as_operand(part.load(key_bytes(CHUNK, WARPS)), LAYOUT)
+        loaded = following
+        if group + 1 < GROUPS:
+            following = load_keys(shared, slot, group + 1, WARPS)
+        keys = as_operand(loaded, LAYOUT)
         queries = shared.query.index(zero + group).permute((1, 0))
         fresh = gl.zeros([WARP_KEYS * WARPS, ROWS], gl.float32, LAYOUT)
         fresh = warpgroup_mma(keys, queries, fresh, use_acc=False, is_async=True)
@@ -156,14 +159,18 @@ NaN already.
 
 
 @gluon.jit
-def grouped_value_operand(
-    shared, slot, turn, STEP: gl.constexpr, WARPS: gl.constexpr, LAYOUT: gl.constexpr
-):
-    """latents^T of the 128 columns of a group of `STEP` keys of a block."""
-    part = shared.words.index(slot).slice(turn // (WARP_KEYS * WARPS // STEP) * WORDS, WORDS, dim=1)
-    part = part.slice(turn % (WARP_KEYS * WARPS // STEP) * STEP, STEP, dim=0)
+def load_words(shared, slot, turn, STEP: gl.constexpr, WARPS: gl.constexpr):
+    """Pairs of the 128 columns of a group of `STEP` keys of a block."""
+    TURNS: gl.constexpr = WARP_KEYS * WARPS // STEP
+    part = shared.words.index(slot).slice(turn // TURNS * WORDS, WORDS, dim=1)
+    return part.slice(turn % TURNS * STEP, STEP, dim=0).load(value_words(STEP, WARPS))
+
+
+@gluon.jit
+def group_as_operand(words, STEP: gl.constexpr, LAYOUT: gl.constexpr):
+    """The same, as columns x keys, the first operand of a product."""
     even, odd = gl.inline_asm_elementwise(
-        PAIRS, "=r,=r,r", [part.load(value_words(STEP, WARPS))], (gl.bfloat16, gl.bfloat16), True, 2
+        PAIRS, "=r,=r,r", [words], (gl.bfloat16, gl.bfloat16), True, 2
     )
     values = gl.join(even, odd).reshape([STEP, 8, 8, 2]).permute([1, 3, 2, 0])
     operand: gl.constexpr = gl.DotOperandLayout(0, LAYOUT, 2)

@@ -47,6 +47,13 @@ def key_bytes(columns, warps):
 
 
 @gluon.jit
+def load_keys(shared, slot, chunk, WARPS: gl.constexpr):
+    """Bytes of 128 columns of the keys of a block."""
+    part = shared.latent.index(slot).slice(chunk * CHUNK, CHUNK, dim=1)
+    return part.load(key_bytes(CHUNK, WARPS))
+
+
+@gluon.jit
 def in_product_order(rows, COLUMNS: gl.constexpr):
     """Columns of keys or queries as a product takes them: of each quarter four of every 16."""
     parts = rows.reshape([rows.shape[0], 4, COLUMNS // 16, 2, 2])
@@ -116,6 +123,36 @@ def as_rows_of_output(accumulator, ROWS: gl.constexpr, WARPS: gl.constexpr):
     """`[rows of the product, queries]` as `[queries, columns of the latent]`."""
     parts = accumulator.reshape([2, WARPS // 4, 4, 2, 8, ROWS])
     return parts.permute([5, 1, 2, 4, 0, 3]).reshape([ROWS, WARP_COLUMNS * WARPS])
+
+
+# -- scores
+
+
+@gluon.constexpr_function
+def maxima_of_warps(rows, warps):
+    """A layout of `[warps, queries]`: a thread has those of all warps of the queries that are its
+    columns of a product."""
+    registers, row = [[0, 1]], 8
+    while row < rows:
+        registers.append([0, row])
+        row *= 2
+    registers += [[1 << bit, 0] for bit in range(3) if warps >> bit > 1]
+    lanes = [[0, 2], [0, 4], [0, 0], [0, 0], [0, 0]]
+    everywhere = [[0, 0] for bit in range(3) if warps >> bit > 1]
+    return gl.DistributedLinearLayout(registers, lanes, everywhere, [], [warps, rows])
+
+
+@gluon.jit
+def largest_of_block(scores, maxima, WARPS: gl.constexpr):
+    """Of each query the largest score of a block, `[keys, queries]`, by way of `maxima` in shared
+    memory.
+
+    A reduction by the compiler would go there twice, and all warps wait for each other each time.
+    """
+    ROWS: gl.constexpr = scores.shape[1]
+    maxima.store(gl.max(scores.reshape([WARPS, WARP_KEYS, ROWS]), 1))
+    largest = gl.max(maxima.load(maxima_of_warps(ROWS, WARPS)), 0)
+    return gl.convert_layout(largest, gl.SliceLayout(0, scores.type.layout), assert_trivial=True)
 
 
 # -- queries

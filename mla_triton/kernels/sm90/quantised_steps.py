@@ -32,9 +32,10 @@ from mla_triton.kernels.sm90.gluon import (
 )
 from mla_triton.kernels.sm90.pieces import LN_2, LOWEST, key_row, partial_row, row_offsets
 from mla_triton.kernels.sm90.quantised_groups import (
+    group_as_operand,
     group_as_rows_of_output,
-    grouped_value_operand,
     load_scales,
+    load_words,
     multiply_grouped_keys,
     store_scaled_weights,
 )
@@ -48,6 +49,8 @@ from mla_triton.kernels.sm90.quantised_operands import (
     in_halves,
     in_row_order,
     key_bytes,
+    largest_of_block,
+    load_keys,
     prepare_queries,
     value_bytes,
 )
@@ -68,6 +71,7 @@ class Shared:
     rope: gl.shared_memory_descriptor
     scales: gl.shared_memory_descriptor
     weights: gl.shared_memory_descriptor
+    maxima: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
     rope_full: gl.shared_memory_descriptor
@@ -75,8 +79,8 @@ class Shared:
 
     @gluon.constexpr_function
     def __init__(
-        self, query, query_rope, latent, words, rope, scales, weights, full, empty, rope_full,
-        rope_empty,
+        self, query, query_rope, latent, words, rope, scales, weights, maxima, full, empty,
+        rope_full, rope_empty,
     ):  # fmt: skip
         self.query = query
         self.query_rope = query_rope
@@ -85,6 +89,7 @@ class Shared:
         self.rope = rope
         self.scales = scales
         self.weights = weights
+        self.maxima = maxima
         self.full = full
         self.empty = empty
         self.rope_full = rope_full
@@ -158,14 +163,17 @@ def multiply_keys(
     Rotary keys come first: they have a scale of their own, by which their sum is multiplied.
     """
     scores = gl.zeros([WARP_KEYS * WARPS, ROWS], gl.float32, LAYOUT)
+    following = load_keys(shared, slot, 0, WARPS)
     if TAIL > 0:
         mbarrier.wait(shared.rope_full.index(0), step & 1)
         keys = as_operand(shared.rope.index(0).load(key_bytes(TAIL, WARPS)), LAYOUT)
         queries = shared.query_rope.index(zero).permute((1, 0))
         scores = warpgroup_mma(keys, queries, scores, use_acc=False, is_async=True)
     for chunk in gl.static_range(VALUE // CHUNK):
-        part = shared.latent.index(slot).slice(chunk * CHUNK, CHUNK, dim=1)
-        keys = as_operand(part.load(key_bytes(CHUNK, WARPS)), LAYOUT)
+        loaded = following
+        if chunk + 1 < VALUE // CHUNK:
+            following = load_keys(shared, slot, chunk + 1, WARPS)
+        keys = as_operand(loaded, LAYOUT)
         if TAIL > 0 and chunk == 0:
             scores = warpgroup_mma_wait(0, deps=(scores,)) * rope_ratio
             mbarrier.arrive(shared.rope_empty.index(0), count=1)
@@ -186,6 +194,7 @@ def multiply_key_halves(
     """The same in products of half as many columns, and as many registers."""
     HALF: gl.constexpr = CHUNK // 2
     scores = gl.zeros([WARP_KEYS * WARPS, ROWS], gl.float32, LAYOUT)
+    following = load_keys(shared, slot, 0, WARPS)
     if TAIL > 0:
         mbarrier.wait(shared.rope_full.index(0), step & 1)
         keys = as_operand(shared.rope.index(0).load(key_bytes(TAIL, WARPS)), LAYOUT)
@@ -194,8 +203,10 @@ def multiply_key_halves(
         scores = warpgroup_mma_wait(0, deps=(scores,)) * rope_ratio
         mbarrier.arrive(shared.rope_empty.index(0), count=1)
     for chunk in gl.static_range(VALUE // CHUNK):
-        part = shared.latent.index(slot).slice(chunk * CHUNK, CHUNK, dim=1)
-        halves = in_halves(part.load(key_bytes(CHUNK, WARPS)))
+        loaded = following
+        if chunk + 1 < VALUE // CHUNK:
+            following = load_keys(shared, slot, chunk + 1, WARPS)
+        halves = in_halves(loaded)
         for half in gl.static_range(2):
             keys = as_operand(halves[half], LAYOUT)
             queries = shared.query.index(zero + chunk).slice(half * HALF, HALF, dim=1)
@@ -208,25 +219,27 @@ def multiply_key_halves(
 
 
 @gluon.jit
-def value_operand(
-    shared, slot, turn, STEP: gl.constexpr, GROUPS: gl.constexpr, WARPS: gl.constexpr,
-    LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """latents^T of the next columns of `STEP` keys of a block: of 32 a warp, or of a group."""
+def load_values(shared, slot, turn, STEP: gl.constexpr, GROUPS: gl.constexpr, WARPS: gl.constexpr):
+    """Bytes of the next columns of `STEP` keys of a block: of 32 a warp, or of a group."""
+    TURNS: gl.constexpr = WARP_KEYS * WARPS // STEP
     if GROUPS > 0:
-        return grouped_value_operand(shared, slot, turn, STEP, WARPS, LAYOUT)
+        return load_words(shared, slot, turn, STEP, WARPS)
     else:
-        TURNS: gl.constexpr = WARP_KEYS * WARPS // STEP
         WIDTH: gl.constexpr = WARP_COLUMNS * WARPS
         part = shared.latent.index(slot).slice(turn // TURNS * WIDTH, WIDTH, dim=1)
-        part = part.slice(turn % TURNS * STEP, STEP, dim=0)
+        return part.slice(turn % TURNS * STEP, STEP, dim=0).load(value_bytes(STEP, WARPS))
+
+
+@gluon.jit
+def as_value_operand(
+    loaded, STEP: gl.constexpr, GROUPS: gl.constexpr, WARPS: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """The same, transposed, as the first operand of a product."""
+    if GROUPS > 0:
+        return group_as_operand(loaded, STEP, LAYOUT)
+    else:
         values = gl.inline_asm_elementwise(
-            INTERLEAVE,
-            "=r,=r,=r,=r,r,r",
-            [part.load(value_bytes(STEP, WARPS))],
-            gl.float16,
-            True,
-            8,
+            INTERLEAVE, "=r,=r,=r,=r,r,r", [loaded], gl.float16, True, 8
         )
         operand: gl.constexpr = gl.DotOperandLayout(0, LAYOUT, 2)
         return gl.convert_layout(in_row_order(values, STEP, WARPS), operand, assert_trivial=True)
@@ -377,9 +390,11 @@ def attend(
             # What does not need the weights is made ready before they are waited for.
             ready = ()
             for turn in gl.static_range(READY):
+                values = load_values(shared, slot, turn, STEP, GROUPS, WARPS)
                 ready += (  # type: ignore
-                    value_operand(shared, slot, turn, STEP, GROUPS, WARPS, PRODUCT),
+                    as_value_operand(values, STEP, GROUPS, WARPS, PRODUCT),
                 )
+            following = load_values(shared, slot, READY, STEP, GROUPS, WARPS)
             scores = warpgroup_mma_wait(0, deps=(scores,))
             if GROUPS > 0:
                 scores = others + scores * gl.expand_dims(key_scales[GROUPS - 1] * factor, 1)
@@ -393,7 +408,8 @@ def attend(
                     visible_end = before_queries + (first_row + tile_rows) // call.heads
                     hidden = hidden | (key >= gl.expand_dims(visible_end, 0))
                 scores = gl.where(hidden, float("-inf"), scores)
-            new_max = gl.maximum(running_max, gl.max(scores, 0))
+            block_max = largest_of_block(scores, shared.maxima, WARPS)
+            new_max = gl.maximum(running_max, block_max)
             rescale = gl.exp2(running_max - new_max)
             weights = gl.exp2(scores - gl.expand_dims(new_max, 0))
             running_max = new_max
@@ -411,7 +427,10 @@ def attend(
                     if turn < READY:
                         values = ready[turn]  # type: ignore
                     else:
-                        values = value_operand(shared, slot, turn, STEP, GROUPS, WARPS, PRODUCT)
+                        loaded = following
+                        if turn + 1 < VALUE // WIDTH * TURNS:
+                            following = load_values(shared, slot, turn + 1, STEP, GROUPS, WARPS)
+                        values = as_value_operand(loaded, STEP, GROUPS, WARPS, PRODUCT)
                     own = shared.weights.index(zero + place if GROUPS > 0 else zero)
                     part = own.slice(turn % TURNS * STEP, STEP, dim=0)
                     accumulator = warpgroup_mma(values, part, accumulator, is_async=True)
