@@ -58,6 +58,9 @@ from mla_triton.kernels.sm90.quantised_operands import (
 HALF_KEYS = gl.constexpr(64)
 CLEARED = gl.constexpr(16)
 """Keys that are cleared at once."""
+SLACK = gl.constexpr(8.0)
+"""In powers of two, by how much a score may exceed what weights are multiples of: 2^8 and sums of
+it are far from the largest float16 and float32, and most blocks need not rescale accumulators."""
 
 
 @aggregate
@@ -308,6 +311,15 @@ def as_factor(factor, SUMS: gl.constexpr):
 
 
 @gluon.jit
+def rescaled(accumulators, rescale):
+    """Accumulators times a factor for each query; as a tuple, of however many."""
+    results = ()
+    for place in gl.static_range(len(accumulators)):
+        results += (accumulators[place] * gl.expand_dims(rescale, 0),)  # type: ignore
+    return results
+
+
+@gluon.jit
 def waited(results):
     """Accumulators, once all products are done; as a tuple, of however many."""
     if len(results) == 1:
@@ -394,7 +406,6 @@ def attend(
                 ready += (  # type: ignore
                     as_value_operand(values, STEP, GROUPS, WARPS, PRODUCT),
                 )
-            following = load_values(shared, slot, READY, STEP, GROUPS, WARPS)
             scores = warpgroup_mma_wait(0, deps=(scores,))
             if GROUPS > 0:
                 scores = others + scores * gl.expand_dims(key_scales[GROUPS - 1] * factor, 1)
@@ -409,20 +420,25 @@ def attend(
                     hidden = hidden | (key >= gl.expand_dims(visible_end, 0))
                 scores = gl.where(hidden, float("-inf"), scores)
             block_max = largest_of_block(scores, shared.maxima, WARPS)
-            new_max = gl.maximum(running_max, block_max)
-            rescale = gl.exp2(running_max - new_max)
-            weights = gl.exp2(scores - gl.expand_dims(new_max, 0))
-            running_max = new_max
-            sums = sums * as_factor(rescale, SUMS) + sums_of_thread(weights)
+            # Weights may be as large as 2^SLACK: that of the largest score so far need not be one.
+            if gl.max(block_max - running_max, 0) > SLACK:
+                new_max = gl.maximum(running_max, block_max)
+                rescale = gl.exp2(running_max - new_max)
+                running_max = new_max
+                sums *= as_factor(rescale, SUMS)
+                accumulators = rescaled(accumulators, rescale)
+            weights = gl.exp2(scores - gl.expand_dims(running_max, 0))
+            sums += sums_of_thread(weights)
             if GROUPS > 0:
                 store_scaled_weights(shared, weights, key_scales, WEIGHTS)
             else:
                 shared.weights.index(0).store(weights.to(gl.float16))
+            following = load_values(shared, slot, READY, STEP, GROUPS, WARPS)
             fence_async_shared()
             sync_threads()
             results = ()
             for place in gl.static_range(VALUE // WIDTH):
-                accumulator = accumulators[place] * gl.expand_dims(rescale, 0)
+                accumulator = accumulators[place]
                 for turn in gl.static_range(place * TURNS, (place + 1) * TURNS):
                     if turn < READY:
                         values = ready[turn]  # type: ignore
