@@ -31,7 +31,6 @@ from mla_triton.kernels.sm90.quantised_operands import (
     warps_apart,
 )
 
-GROUPED_AHEAD = gl.constexpr(1)
 WORDS = gl.constexpr(64)
 """Pairs of columns of a group."""
 
@@ -82,16 +81,8 @@ def multiply_grouped_keys(
     mbarrier.wait(shared.rope_full.index(0), step & 1)
     queries = shared.query_rope.index(zero).permute((1, 0))
     product = warpgroup_mma(shared.rope.index(0), queries, scores, use_acc=False, is_async=True)
-    if GROUPED_AHEAD:
-        following = load_keys(shared, slot, 0, WARPS)
     for group in gl.static_range(GROUPS):
-        if GROUPED_AHEAD:
-            loaded = following
-            if group + 1 < GROUPS:
-                following = load_keys(shared, slot, group + 1, WARPS)
-        else:
-            loaded = load_keys(shared, slot, group, WARPS)
-        keys = as_operand(loaded, LAYOUT)
+        keys = as_operand(load_keys(shared, slot, group, WARPS), LAYOUT)
         queries = shared.query.index(zero + group).permute((1, 0))
         fresh = gl.zeros([WARP_KEYS * WARPS, ROWS], gl.float32, LAYOUT)
         fresh = warpgroup_mma(keys, queries, fresh, use_acc=False, is_async=True)

@@ -55,9 +55,6 @@ from mla_triton.kernels.sm90.quantised_operands import (
     value_bytes,
 )
 
-KEYS_AHEAD = gl.constexpr(1)
-VALUES_AHEAD = gl.constexpr(1)
-LAZY = gl.constexpr(1)
 HALF_KEYS = gl.constexpr(64)
 CLEARED = gl.constexpr(16)
 """Keys that are cleared at once."""
@@ -169,21 +166,13 @@ def multiply_keys(
     Rotary keys come first: they have a scale of their own, by which their sum is multiplied.
     """
     scores = gl.zeros([WARP_KEYS * WARPS, ROWS], gl.float32, LAYOUT)
-    if KEYS_AHEAD:
-        following = load_keys(shared, slot, 0, WARPS)
     if TAIL > 0:
         mbarrier.wait(shared.rope_full.index(0), step & 1)
         keys = as_operand(shared.rope.index(0).load(key_bytes(TAIL, WARPS)), LAYOUT)
         queries = shared.query_rope.index(zero).permute((1, 0))
         scores = warpgroup_mma(keys, queries, scores, use_acc=False, is_async=True)
     for chunk in gl.static_range(VALUE // CHUNK):
-        if KEYS_AHEAD:
-            loaded = following
-            if chunk + 1 < VALUE // CHUNK:
-                following = load_keys(shared, slot, chunk + 1, WARPS)
-        else:
-            loaded = load_keys(shared, slot, chunk, WARPS)
-        keys = as_operand(loaded, LAYOUT)
+        keys = as_operand(load_keys(shared, slot, chunk, WARPS), LAYOUT)
         if TAIL > 0 and chunk == 0:
             scores = warpgroup_mma_wait(0, deps=(scores,)) * rope_ratio
             mbarrier.arrive(shared.rope_empty.index(0), count=1)
@@ -204,8 +193,6 @@ def multiply_key_halves(
     """The same in products of half as many columns, and as many registers."""
     HALF: gl.constexpr = CHUNK // 2
     scores = gl.zeros([WARP_KEYS * WARPS, ROWS], gl.float32, LAYOUT)
-    if KEYS_AHEAD:
-        following = load_keys(shared, slot, 0, WARPS)
     if TAIL > 0:
         mbarrier.wait(shared.rope_full.index(0), step & 1)
         keys = as_operand(shared.rope.index(0).load(key_bytes(TAIL, WARPS)), LAYOUT)
@@ -214,13 +201,7 @@ def multiply_key_halves(
         scores = warpgroup_mma_wait(0, deps=(scores,)) * rope_ratio
         mbarrier.arrive(shared.rope_empty.index(0), count=1)
     for chunk in gl.static_range(VALUE // CHUNK):
-        if KEYS_AHEAD:
-            loaded = following
-            if chunk + 1 < VALUE // CHUNK:
-                following = load_keys(shared, slot, chunk + 1, WARPS)
-        else:
-            loaded = load_keys(shared, slot, chunk, WARPS)
-        halves = in_halves(loaded)
+        halves = in_halves(load_keys(shared, slot, chunk, WARPS))
         for half in gl.static_range(2):
             keys = as_operand(halves[half], LAYOUT)
             queries = shared.query.index(zero + chunk).slice(half * HALF, HALF, dim=1)
@@ -432,43 +413,31 @@ def attend(
                 scores = gl.where(hidden, float("-inf"), scores)
             block_max = largest_of_block(scores, shared.maxima, WARPS)
             # Weights may be as large as 2^SLACK: that of the largest score so far need not be one.
-            if LAZY:
-                if gl.max(block_max - running_max, 0) > SLACK:
-                    new_max = gl.maximum(running_max, block_max)
-                    rescale = gl.exp2(running_max - new_max)
-                    running_max = new_max
-                    sums *= as_factor(rescale, SUMS)
-                    accumulators = rescaled(accumulators, rescale)
-            else:
+            if gl.max(block_max - running_max, 0) > SLACK:
                 new_max = gl.maximum(running_max, block_max)
                 rescale = gl.exp2(running_max - new_max)
                 running_max = new_max
                 sums *= as_factor(rescale, SUMS)
+                accumulators = rescaled(accumulators, rescale)
             weights = gl.exp2(scores - gl.expand_dims(running_max, 0))
             sums += sums_of_thread(weights)
             if GROUPS > 0:
                 store_scaled_weights(shared, weights, key_scales, WEIGHTS)
             else:
                 shared.weights.index(0).store(weights.to(gl.float16))
-            if VALUES_AHEAD:
-                following = load_values(shared, slot, READY, STEP, GROUPS, WARPS)
+            following = load_values(shared, slot, READY, STEP, GROUPS, WARPS)
             fence_async_shared()
             sync_threads()
             results = ()
             for place in gl.static_range(VALUE // WIDTH):
                 accumulator = accumulators[place]
-                if not LAZY:
-                    accumulator *= gl.expand_dims(rescale, 0)
                 for turn in gl.static_range(place * TURNS, (place + 1) * TURNS):
                     if turn < READY:
                         values = ready[turn]  # type: ignore
                     else:
-                        if VALUES_AHEAD:
-                            loaded = following
-                            if turn + 1 < VALUE // WIDTH * TURNS:
-                                following = load_values(shared, slot, turn + 1, STEP, GROUPS, WARPS)
-                        else:
-                            loaded = load_values(shared, slot, turn, STEP, GROUPS, WARPS)
+                        loaded = following
+                        if turn + 1 < VALUE // WIDTH * TURNS:
+                            following = load_values(shared, slot, turn + 1, STEP, GROUPS, WARPS)
                         values = as_value_operand(loaded, STEP, GROUPS, WARPS, PRODUCT)
                     own = shared.weights.index(zero + place if GROUPS > 0 else zero)
                     part = own.slice(turn % TURNS * STEP, STEP, dim=0)
