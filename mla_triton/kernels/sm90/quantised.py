@@ -136,7 +136,7 @@ def quantised_kernel(
     elif TAIL > 0:
         ROPE_BYTES: gl.constexpr = gl.NVMMASharedLayout(TAIL, 8, 2)
         query_rope = gl.allocate_shared_memory(gl.float16, [1, ROWS, TAIL], QUERY)
-        rope = gl.allocate_shared_memory(E4M3, [1, KEYS, TAIL], ROPE_BYTES)
+        rope = gl.allocate_shared_memory(E4M3, [SLOTS, KEYS, TAIL], ROPE_BYTES)
     else:
         query_rope = query
         rope = latent
@@ -145,9 +145,9 @@ def quantised_kernel(
         words = latent
         weights = gl.allocate_shared_memory(gl.float16, [1, KEYS, ROWS], WEIGHTS)
     LINES: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    maxima = gl.allocate_shared_memory(gl.float32, [WARPS, ROWS], LINES)
+    exchange = gl.allocate_shared_memory(gl.float32, [WARPS, ROWS], LINES)
     shared = _Shared(
-        query, query_rope, latent, words, rope, key_scales, weights, maxima,
+        query, query_rope, latent, words, rope, key_scales, weights, exchange,
         barriers(SLOTS, 1), barriers(SLOTS, 1), barriers(1, 1), barriers(1, 1),
     )  # fmt: skip
     gl.warp_specialize(

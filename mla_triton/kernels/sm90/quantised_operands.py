@@ -125,34 +125,40 @@ def as_rows_of_output(accumulator, ROWS: gl.constexpr, WARPS: gl.constexpr):
     return parts.permute([5, 1, 2, 4, 0, 3]).reshape([ROWS, WARP_COLUMNS * WARPS])
 
 
-# -- scores
+# -- what warps tell each other of queries
 
 
 @gluon.constexpr_function
-def maxima_of_warps(rows, warps):
-    """A layout of `[warps, queries]`: a thread has those of all warps of the queries that are its
+def all_warps(rows, warps):
+    """A layout of `[warps, queries]`: a thread has what all warps say of the queries that are its
     columns of a product."""
     registers, row = [[0, 1]], 8
     while row < rows:
         registers.append([0, row])
         row *= 2
-    registers += [[1 << bit, 0] for bit in range(3) if warps >> bit > 1]
+    bits = range(warps.bit_length() - 1)
+    registers += [[1 << bit, 0] for bit in bits]
     lanes = [[0, 2], [0, 4], [0, 0], [0, 0], [0, 0]]
-    everywhere = [[0, 0] for bit in range(3) if warps >> bit > 1]
-    return gl.DistributedLinearLayout(registers, lanes, everywhere, [], [warps, rows])
+    return gl.DistributedLinearLayout(registers, lanes, [[0, 0] for _ in bits], [], [warps, rows])
 
 
 @gluon.jit
-def largest_of_block(scores, maxima, WARPS: gl.constexpr):
-    """Of each query the largest score of a block, `[keys, queries]`, by way of `maxima` in shared
-    memory.
+def of_all_warps(own, exchange):
+    """What each warp says of the queries, `[warps, queries]`, to every thread.
 
-    A reduction by the compiler would go there twice, and all warps wait for each other each time.
+    A reduction by the compiler would go through shared memory twice, and all warps wait for each
+    other each time.
     """
-    ROWS: gl.constexpr = scores.shape[1]
-    maxima.store(gl.max(scores.reshape([WARPS, WARP_KEYS, ROWS]), 1))
-    largest = gl.max(maxima.load(maxima_of_warps(ROWS, WARPS)), 0)
-    return gl.convert_layout(largest, gl.SliceLayout(0, scores.type.layout), assert_trivial=True)
+    exchange.store(own)
+    return exchange.load(all_warps(own.shape[1], own.shape[0]))
+
+
+@gluon.jit
+def largest_of_block(scores, exchange, WARPS: gl.constexpr):
+    """Of each query the largest score of a block, `[keys, queries]`."""
+    BY_ROW: gl.constexpr = gl.SliceLayout(0, scores.type.layout)
+    own = gl.max(scores.reshape([WARPS, WARP_KEYS, scores.shape[1]]), 1)
+    return gl.convert_layout(gl.max(of_all_warps(own, exchange), 0), BY_ROW, assert_trivial=True)
 
 
 # -- queries

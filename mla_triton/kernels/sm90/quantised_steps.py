@@ -51,6 +51,7 @@ from mla_triton.kernels.sm90.quantised_operands import (
     key_bytes,
     largest_of_block,
     load_keys,
+    of_all_warps,
     prepare_queries,
     value_bytes,
 )
@@ -74,7 +75,7 @@ class Shared:
     rope: gl.shared_memory_descriptor
     scales: gl.shared_memory_descriptor
     weights: gl.shared_memory_descriptor
-    maxima: gl.shared_memory_descriptor
+    exchange: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
     rope_full: gl.shared_memory_descriptor
@@ -82,7 +83,7 @@ class Shared:
 
     @gluon.constexpr_function
     def __init__(
-        self, query, query_rope, latent, words, rope, scales, weights, maxima, full, empty,
+        self, query, query_rope, latent, words, rope, scales, weights, exchange, full, empty,
         rope_full, rope_empty,
     ):  # fmt: skip
         self.query = query
@@ -92,7 +93,7 @@ class Shared:
         self.rope = rope
         self.scales = scales
         self.weights = weights
-        self.maxima = maxima
+        self.exchange = exchange
         self.full = full
         self.empty = empty
         self.rope_full = rope_full
@@ -122,12 +123,8 @@ def load_bytes(
         for block in range(begin_key, end_key, KEYS):
             slot = step % SLOTS
             full = shared.full.index(slot)
-            rope_full = shared.rope_full.index(0)
-            if TAIL > 0 and GROUPS == 0:
-                mbarrier.wait(shared.rope_empty.index(0), (step & 1) ^ 1)
-                mbarrier.expect(rope_full, ROPE_BYTES)
             mbarrier.wait(shared.empty.index(slot), (step // SLOTS & 1) ^ 1)
-            mbarrier.expect(full, KEYS * (VALUE + 4 * GROUPS))
+            mbarrier.expect(full, KEYS * (VALUE + (4 * GROUPS if GROUPS > 0 else TAIL)))
             rows = ()
             for box in gl.static_range(KEYS // BOX):
                 first_key = block + box * BOX
@@ -141,10 +138,11 @@ def load_bytes(
                     copy_tile(scale_map, [row, 0], full, into)
                     rows += (row,)  # type: ignore
                 elif TAIL > 0:
-                    into = shared.rope.index(0).slice(box * BOX, BOX, dim=0)
-                    copy_tile(rope_map, [row, rope_column], rope_full, into)
+                    into = shared.rope.index(slot).slice(box * BOX, BOX, dim=0)
+                    copy_tile(rope_map, [row, rope_column], full, into)
             if GROUPS > 0:
                 # Latents do not wait until the rotary keys before these are used up.
+                rope_full = shared.rope_full.index(0)
                 mbarrier.wait(shared.rope_empty.index(0), (step & 1) ^ 1)
                 mbarrier.expect(rope_full, ROPE_BYTES)
                 for box in gl.static_range(KEYS // BOX):
@@ -158,59 +156,34 @@ def load_bytes(
 
 @gluon.jit
 def multiply_keys(
-    shared, step, slot, zero, rope_ratio, ROWS: gl.constexpr, VALUE: gl.constexpr,
-    TAIL: gl.constexpr, WARPS: gl.constexpr, LAYOUT: gl.constexpr,
+    shared, slot, zero, ROWS: gl.constexpr, VALUE: gl.constexpr, TAIL: gl.constexpr,
+    WARPS: gl.constexpr, HALVES: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Starts keys x queries^T of a block, `[keys, queries]`.
+    """Starts keys x queries^T of a block, `[keys, queries]`: of latents, and of rotary keys.
 
-    Rotary keys come first: they have a scale of their own, by which their sum is multiplied.
+    These have a scale of their own, and so a product. One is under way while the bytes of the next
+    are made operands: of 128 columns, or `HALVES` of that, which take half as many registers.
     """
+    PARTS: gl.constexpr = 2 if HALVES else 1
+    WIDTH: gl.constexpr = CHUNK // PARTS
     scores = gl.zeros([WARP_KEYS * WARPS, ROWS], gl.float32, LAYOUT)
+    rope_scores = scores
     if TAIL > 0:
-        mbarrier.wait(shared.rope_full.index(0), step & 1)
-        keys = as_operand(shared.rope.index(0).load(key_bytes(TAIL, WARPS)), LAYOUT)
+        keys = as_operand(shared.rope.index(slot).load(key_bytes(TAIL, WARPS)), LAYOUT)
         queries = shared.query_rope.index(zero).permute((1, 0))
-        scores = warpgroup_mma(keys, queries, scores, use_acc=False, is_async=True)
+        rope_scores = warpgroup_mma(keys, queries, scores, use_acc=False, is_async=True)
     for chunk in gl.static_range(VALUE // CHUNK):
-        keys = as_operand(load_keys(shared, slot, chunk, WARPS), LAYOUT)
-        if TAIL > 0 and chunk == 0:
-            scores = warpgroup_mma_wait(0, deps=(scores,)) * rope_ratio
-            mbarrier.arrive(shared.rope_empty.index(0), count=1)
-        queries = shared.query.index(zero + chunk).permute((1, 0))
-        is_first = TAIL == 0 and chunk == 0
-        scores = warpgroup_mma(keys, queries, scores, use_acc=not is_first, is_async=True)
-        if chunk < VALUE // CHUNK - 1:
-            # One product is under way while the bytes of the next are made operands.
-            scores = warpgroup_mma_wait(1, deps=(scores,))
-    return scores
-
-
-@gluon.jit
-def multiply_key_halves(
-    shared, step, slot, zero, rope_ratio, ROWS: gl.constexpr, VALUE: gl.constexpr,
-    TAIL: gl.constexpr, WARPS: gl.constexpr, LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """The same in products of half as many columns, and as many registers."""
-    HALF: gl.constexpr = CHUNK // 2
-    scores = gl.zeros([WARP_KEYS * WARPS, ROWS], gl.float32, LAYOUT)
-    if TAIL > 0:
-        mbarrier.wait(shared.rope_full.index(0), step & 1)
-        keys = as_operand(shared.rope.index(0).load(key_bytes(TAIL, WARPS)), LAYOUT)
-        queries = shared.query_rope.index(zero).permute((1, 0))
-        scores = warpgroup_mma(keys, queries, scores, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(0, deps=(scores,)) * rope_ratio
-        mbarrier.arrive(shared.rope_empty.index(0), count=1)
-    for chunk in gl.static_range(VALUE // CHUNK):
-        halves = in_halves(load_keys(shared, slot, chunk, WARPS))
-        for half in gl.static_range(2):
-            keys = as_operand(halves[half], LAYOUT)
-            queries = shared.query.index(zero + chunk).slice(half * HALF, HALF, dim=1)
+        loaded = load_keys(shared, slot, chunk, WARPS)
+        parts = in_halves(loaded) if HALVES else (loaded,)
+        for part in gl.static_range(PARTS):
+            keys = as_operand(parts[part], LAYOUT)
+            queries = shared.query.index(zero + chunk).slice(part * WIDTH, WIDTH, dim=1)
             queries = queries.permute((1, 0))
-            is_first = TAIL == 0 and chunk == 0 and half == 0
+            is_first = chunk == 0 and part == 0
             scores = warpgroup_mma(keys, queries, scores, use_acc=not is_first, is_async=True)
-            if chunk < VALUE // CHUNK - 1 or half == 0:
+            if chunk < VALUE // CHUNK - 1 or part < PARTS - 1:
                 scores = warpgroup_mma_wait(1, deps=(scores,))
-    return scores
+    return scores, rope_scores
 
 
 @gluon.jit
@@ -363,6 +336,7 @@ def attend(
         )  # fmt: skip
         if GROUPS == 0:
             factor = factor * (unit * scale_log2)
+            rope_factor = factor * rope_ratio
 
         accumulators = ()
         for _ in gl.static_range(VALUE // WIDTH):
@@ -383,14 +357,9 @@ def attend(
             else:
                 if block + KEYS > end_key:
                     clear_past(shared, slot, end_key - block, VALUE, WARPS)
-                if ROWS // WARPS >= 8:
-                    scores = multiply_key_halves(
-                        shared, step, slot, zero, rope_ratio, ROWS, VALUE, TAIL, WARPS, PRODUCT
-                    )
-                else:
-                    scores = multiply_keys(
-                        shared, step, slot, zero, rope_ratio, ROWS, VALUE, TAIL, WARPS, PRODUCT
-                    )
+                scores, rope_scores = multiply_keys(
+                    shared, slot, zero, ROWS, VALUE, TAIL, WARPS, ROWS // WARPS >= 8, PRODUCT
+                )
             # What does not need the weights is made ready before they are waited for.
             ready = ()
             for turn in gl.static_range(READY):
@@ -398,12 +367,15 @@ def attend(
                 ready += (  # type: ignore
                     as_value_operand(values, STEP, GROUPS, WARPS, PRODUCT),
                 )
-            scores = warpgroup_mma_wait(0, deps=(scores,))
             if GROUPS > 0:
+                scores = warpgroup_mma_wait(0, deps=(scores,))
                 scores = others + scores * gl.expand_dims(key_scales[GROUPS - 1] * factor, 1)
                 scores *= scale_log2
+            elif TAIL > 0:
+                scores, rope_scores = warpgroup_mma_wait(0, deps=(scores, rope_scores))
+                scores = scores * factor + rope_scores * rope_factor
             else:
-                scores *= factor
+                scores = warpgroup_mma_wait(0, deps=(scores,)) * factor
             if block + KEYS > seen_end:
                 key = gl.expand_dims(block + block_keys, 1)
                 hidden = key >= end_key
@@ -411,7 +383,7 @@ def attend(
                     visible_end = before_queries + (first_row + tile_rows) // call.heads
                     hidden = hidden | (key >= gl.expand_dims(visible_end, 0))
                 scores = gl.where(hidden, float("-inf"), scores)
-            block_max = largest_of_block(scores, shared.maxima, WARPS)
+            block_max = largest_of_block(scores, shared.exchange, WARPS)
             # Weights may be as large as 2^SLACK: that of the largest score so far need not be one.
             if gl.max(block_max - running_max, 0) > SLACK:
                 new_max = gl.maximum(running_max, block_max)
@@ -452,7 +424,8 @@ def attend(
         s_q = call.tokens(request)[1]
         count = s_q * call.heads - first_row
         slot_row = partial_row(call, begin_key == 0)
-        running_sum = gl.convert_layout(gl.sum(gl.sum(sums, 1), 0), BY_ROW)
+        running_sum = gl.sum(of_all_warps(gl.sum(sums, 1), shared.exchange), 0)
+        running_sum = gl.convert_layout(running_sum, BY_ROW, assert_trivial=True)
         empty = running_sum == 0.0
         total = gl.where(empty, 1.0, running_sum)
         inverse = (1.0 if GROUPS > 0 else latent_scale) / total
