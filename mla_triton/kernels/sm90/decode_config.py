@@ -25,8 +25,8 @@ OVERHEAD = 5
 """Cost of beginning a group (its queries, its first load, its result), in blocks."""
 QUANTISED_ROW_TILES = (16, 32, 64)
 """The same over a cache of e4m3 numbers, where the keys are a product's rows."""
-GROUPED_ROWS = 32
-"""Of a program at most with scales of groups: a tile of 64 is two programs side by side."""
+QUANTISED_ROWS = 32
+"""Of a program at most: a tile of 64 is two programs side by side."""
 PAIRED_ROWS = {False: 32, True: 16}
 """Of a program at most, without scales of groups and with, of which an SM has place for two."""
 GROUP = 128
@@ -147,7 +147,7 @@ def choose(problem: DecodeProblem, device: Device, rows: int | None = None) -> t
     if not valid:
         raise ValueError(f"problem must be one that {NAME} takes, got {problem}: {rule}")
     if problem.storage is not None:
-        return one, "e4m3 keys: both warpgroups take a block of 128 keys together"
+        return one, "e4m3 keys"
     return one, "few rows: memory is waited for, and one block at a time has the shorter ends"
 
 
@@ -159,12 +159,6 @@ def heuristic(problem: DecodeProblem, device: Device, rows: int | None = None) -
 def row_tiles(problem: DecodeProblem) -> tuple[int, ...]:
     """Rows of a schedule tile that the kernel can have."""
     return (ROW_TILE,) if problem.storage is None else QUANTISED_ROW_TILES
-
-
-def most_rows(problem: DecodeProblem) -> int:
-    """Rows that one program can have."""
-    is_grouped = problem.storage is not None and problem.storage.group
-    return GROUPED_ROWS if is_grouped else ROW_TILE
 
 
 def programs(problem: DecodeProblem, rows: int) -> int:
@@ -179,11 +173,9 @@ def programs(problem: DecodeProblem, rows: int) -> int:
 
 def row_tile(problem: DecodeProblem, device: Device) -> int:
     """Rows of a program, where no plan says otherwise."""
-    most = most_rows(problem)
     if problem.storage is None:
-        return most
-    needed = problem.in_any_batch().rows
-    return next((rows for rows in QUANTISED_ROW_TILES if needed <= rows <= most), most)
+        return ROW_TILE
+    return FEW_ROWS if problem.in_any_batch().rows <= FEW_ROWS else QUANTISED_ROWS
 
 
 def geometry(

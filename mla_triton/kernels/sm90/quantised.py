@@ -24,7 +24,7 @@ from mla_triton.device import Device
 from mla_triton.kernels.common.launch import TYPE_NAMES, Launch, Variant
 from mla_triton.kernels.common.tensors import DecodeTensors
 from mla_triton.kernels.sm90 import quantised_operands, quantised_steps
-from mla_triton.kernels.sm90.decode_config import BLOCK, Config, most_rows, programs
+from mla_triton.kernels.sm90.decode_config import BLOCK, QUANTISED_ROWS, Config, programs
 from mla_triton.kernels.sm90.gluon import GluonASTSource, gl, gluon
 from mla_triton.kernels.sm90.pieces import Call, barriers
 from mla_triton.kernels.sm90.views import maps, row_strides, scale_map, sizes
@@ -35,12 +35,13 @@ REGISTERS_AT_LAUNCH = {4: 128, 8: 168}
 LOADER_REGISTERS = gl.constexpr(24)
 SLOTS = 2
 """Blocks of latents in shared memory: one in hand, one on its way."""
-READY = {(16, 4): 0, (32, 4): 1, (16, 8): 2, (32, 8): 2, (64, 8): 0}
-"""Operands that are made of latents before the weights are there, by rows and warps: what registers
-hold."""
-STEP = {(16, 4): 64, (32, 4): 32, (16, 8): 64, (32, 8): 64, (64, 8): 32}
-"""Keys of such an operand."""
-GROUPED_READY = {(16, 4): 1, (16, 8): 2, (32, 8): 2}
+READY = {4: 0, 8: 2}
+"""Operands that are made of latents before the weights are there, by warps: with four the other
+program multiplies meanwhile."""
+GROUPED_READY = {4: 1, 8: 2}
+STEP = {(16, 4): 64, (32, 4): 32, (16, 8): 64, (32, 8): 64}
+"""Keys of such an operand, by rows and warps. With 32 and four, accumulators are half of what
+registers hold: of 64 keys, the compiler has every product wait for the one before it."""
 GROUPED_STEP = 64
 """The same with scales of groups, where an operand has half as many columns: with 16 heads and 128
 requests of 16384 keys on an H200 389 us with two, 396 with four and 399 with none."""
@@ -200,7 +201,7 @@ def variant(problem: DecodeProblem, config: Config, geometry: Geometry, device: 
             ("GROUPS", groups),
             ("WARPS", warps),
             ("SLOTS", SLOTS),
-            ("READY", (GROUPED_READY if groups else READY)[rows, warps]),
+            ("READY", (GROUPED_READY if groups else READY)[warps]),
             ("STEP", GROUPED_STEP if groups else STEP[rows, warps]),
         ),
         ALIGNED,
@@ -220,7 +221,7 @@ def groups_of(problem: DecodeProblem) -> int:
 def rows_of(problem: DecodeProblem, geometry: Geometry) -> int:
     """Rows of a program: those of the schedule's tile, or half of them, of which two programs side
     by side have one each."""
-    return min(geometry.row_tile, most_rows(problem))
+    return min(geometry.row_tile, QUANTISED_ROWS)
 
 
 def warps_of(problem: DecodeProblem, geometry: Geometry, device: Device) -> int:
