@@ -4,16 +4,18 @@ What: as `mla_triton.kernels.sm90.decode`, over a cache with one scale for all l
 all rotary keys; or (`GROUPS`) with a scale for each 128 columns of a token's latent, and rotary
 keys of 16 bits. Where: capability 9.0 exactly.
 
-Work: program (lane, part) walks the groups of its part, with a tile of 16, 32 or 64 rows, in two
-partitions: two warpgroups that take a block of 128 keys together, and one warp that loads bytes by
-TMA. `quantised_steps.py` says how bytes become products, and which barriers there are;
-`quantised_groups.py` what is otherwise with scales of groups. Lanes of a part run side by side and
-share its keys through the L2.
+Work: program (lane, part) walks the groups of its part, with a tile of 16 or 32 rows, in two
+partitions: one or two warpgroups that take a block of 64 or 128 keys together, and one warp that
+loads bytes by TMA. Of one warpgroup an SM has two programs. `quantised_steps.py` says how bytes
+become products, and which barriers there are; `quantised_groups.py` what is otherwise with scales
+of groups. Lanes of a part run side by side and share its keys through the L2.
 
-Budget at latent 512 + rope 64: queries 1.125 KiB a row, weights 0.25, two blocks of latents of
-64 KiB and one of rotary keys of 8: 159 KiB for 16 rows, 181 for 32, 226 for 64. Registers: 168 a
-thread as launched, about 240 for the warpgroups (2 of output a row, half of one of scores) and 24
-for the loader once they are apart. With scales of groups: 183 and 217 KiB.
+Budget at latent 512 + rope 64 and one warpgroup: queries 1.125 KiB a row, weights 0.125, two blocks
+of latents of 32 KiB and of rotary keys of 4: 92 KiB for 16 rows, 113 for 32. Registers: 128 a
+thread as launched, 232 for the warpgroup (4 of output a row, half of one of scores) and 24 for the
+loader once they are apart. With two warpgroups twice the keys, half the output a thread: 167 and
+190 KiB, 168 registers as launched and 240. With scales of groups: 101 KiB for 16 rows, and with two
+warpgroups 182 and 217.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from mla_triton.problem import DecodeProblem
 REGISTERS_AT_LAUNCH = {4: 128, 8: 168}
 LOADER_REGISTERS = gl.constexpr(24)
 SLOTS = 2
-"""Blocks of latents in shared memory: one in hand, one on its way."""
+"""Blocks of keys in shared memory: one in hand, one on its way."""
 READY = {4: 0, 8: 2}
 """Operands that are made of latents before the weights are there, by warps: with four the other
 program multiplies meanwhile."""
@@ -231,7 +233,7 @@ def warps_of(problem: DecodeProblem, geometry: Geometry, device: Device) -> int:
     eight; not where its results must not depend on how many there are.
     """
     is_one = geometry.lanes * geometry.parts <= device.sm_count and not geometry.fixed
-    is_paired = programs(problem, rows_of(problem, geometry)) == 2
+    is_paired = programs(problem, geometry.row_tile) == 2
     return 4 if is_paired and not is_one else 8
 
 

@@ -1,4 +1,4 @@
-"""The two partitions of the Hopper kernel over an e4m3 cache: a loader, and two warpgroups in step.
+"""The two partitions of the Hopper kernel over an e4m3 cache: a loader, and warpgroups in step.
 
 Products are turned round: scores^T = keys x queries^T, output^T = latents^T x weights^T. The side
 of a product that has 64 rows a warpgroup is then that of the keys, or of the latent's columns, and
@@ -7,14 +7,19 @@ float16 there, and are multiplied: a tile of 16-bit numbers is never written. Th
 columns inside a product is free, as long as both operands have the same, and is chosen so that a
 thread's bytes lie side by side.
 
-Of a block of 128 keys each warpgroup scores 64, and then has half of the latent's columns of all.
+Of a block each warp scores 16 keys, and then has 32 of every 128 or 256 columns of all of them.
 
 | barrier | who arrives | who waits | meaning |
 | --- | --- | --- | --- |
-| full | TMA | both warpgroups | a block's latents are in their slot, and their scales |
-| empty | both, as one | loader | they were used up |
-| rope_full | TMA | both warpgroups | a block's rotary keys are there |
-| rope_empty | both, as one | loader | they were used up |
+| full | TMA | warpgroups | a block's keys are in their slot, and their scales |
+| empty | they, as one | loader | they were used up |
+
+With scales of groups there is place for rotary keys, of 16 bits, of one block:
+
+| barrier | who arrives | who waits | meaning |
+| --- | --- | --- | --- |
+| rope_full | TMA | warpgroups | a block's rotary keys are there |
+| rope_empty | they, as one | loader | they were used up |
 """
 
 # No `from __future__ import annotations`: an aggregate reads the types of its fields.
@@ -280,7 +285,7 @@ def rescaled(accumulators, rescale):
     """Accumulators times a factor for each query; as a tuple, of however many."""
     results = ()
     for place in gl.static_range(len(accumulators)):
-        results += (accumulators[place] * gl.expand_dims(rescale, 0),)  # type: ignore
+        results += (accumulators[place] * gl.expand_dims(rescale, 0),)
     return results
 
 
@@ -402,10 +407,10 @@ def attend(
             sync_threads()
             results = ()
             for place in gl.static_range(VALUE // WIDTH):
-                accumulator = accumulators[place]
+                accumulator = accumulators[place]  # type: ignore
                 for turn in gl.static_range(place * TURNS, (place + 1) * TURNS):
                     if turn < READY:
-                        values = ready[turn]  # type: ignore
+                        values = ready[turn]
                     else:
                         loaded = following
                         if turn + 1 < VALUE // WIDTH * TURNS:
