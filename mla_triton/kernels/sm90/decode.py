@@ -230,7 +230,7 @@ def decode_kernel(
 def variant(problem: DecodeProblem, config: Config, geometry: Geometry, device: Device) -> Variant:
     """The kernel for a problem: everything but sizes that change from step to step is constant."""
     if problem.storage is not None:
-        return quantised.variant(problem, config, geometry)
+        return quantised.variant(problem, config, geometry, device)
     box = BLOCK if gathers(problem) else min(BLOCK, problem.page_size)
     half = problem.value_dim // 2
     kinds = {
