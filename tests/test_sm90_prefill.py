@@ -12,7 +12,6 @@ from typing import NamedTuple
 import ptxas
 import pytest
 import torch
-import triton
 
 from mla_triton import device as devices
 from mla_triton import select, validate_prefill
