@@ -65,8 +65,9 @@ HALF_KEYS = gl.constexpr(64)
 CLEARED = gl.constexpr(16)
 """Keys that are cleared at once."""
 SLACK = gl.constexpr(8.0)
-"""In powers of two, by how much a score may exceed what weights are multiples of: 2^8 and sums of
-it are far from the largest float16 and float32, and most blocks need not rescale accumulators."""
+"""In powers of two, by how much a score may exceed the one whose weight is 1, so that most blocks
+need not rescale accumulators: 2^8, and sums of it times e4m3 numbers, are far from the largest
+float16 and float32. Times scales of groups, which are any numbers, they might not be."""
 
 
 @aggregate
@@ -389,9 +390,11 @@ def attend(
                     hidden = hidden | (key >= gl.expand_dims(visible_end, 0))
                 scores = gl.where(hidden, float("-inf"), scores)
             block_max = largest_of_block(scores, shared.exchange, WARPS)
-            # Weights may be as large as 2^SLACK: that of the largest score so far need not be one.
-            if gl.max(block_max - running_max, 0) > SLACK:
-                new_max = gl.maximum(running_max, block_max)
+            # Row by row: what else is in its tile changes no bit of a row.
+            excess = block_max - running_max
+            slack: gl.constexpr = 0.0 if GROUPS > 0 else SLACK
+            if gl.max(excess, 0) > slack:
+                new_max = gl.where(excess > slack, block_max, running_max)
                 rescale = gl.exp2(running_max - new_max)
                 running_max = new_max
                 sums *= as_factor(rescale, SUMS)
