@@ -4,11 +4,10 @@ cards.
 
 from __future__ import annotations
 
-import io
 import re
-from contextlib import redirect_stdout
 from importlib import import_module
 
+import ptxas
 import pytest
 import torch
 import triton
@@ -105,12 +104,8 @@ def remarks_on(case: Case) -> str:
     """What ptxas says of a case."""
     prefill = import_module(f"mla_triton.kernels.{case.kernel}.prefill")
     device = devices.from_label(case.label)
-    said = io.StringIO()
-    with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), redirect_stdout(said):
-        triton.knobs.nvidia.dump_ptxas_log = True
-        triton.knobs.compilation.always_compile = True
-        prefill.compile(case.problem, prefill.heuristic(case.problem, device), device)
-    return said.getvalue()
+    config = prefill.heuristic(case.problem, device)
+    return ptxas.with_remarks(lambda: prefill.compile(case.problem, config, device))[1]
 
 
 def test_wgmma_is_not_serialised():

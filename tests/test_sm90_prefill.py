@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from dataclasses import replace
 from itertools import groupby
 from types import ModuleType
 from typing import NamedTuple
 
+import ptxas
 import pytest
 import torch
-import triton
 
 from mla_triton import device as devices
 from mla_triton import select, validate_prefill
@@ -84,18 +82,14 @@ DOES = {
 
 def compile_case(case: tuple[str, Config]) -> Seen:
     name, config = case
-    said = io.StringIO()
-    with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), redirect_stdout(said):
-        triton.knobs.nvidia.dump_ptxas_log = True
-        triton.knobs.compilation.always_compile = True
-        compiled = prefill.compile(PROBLEMS[name], config, CARD)
+    compiled, remarks = ptxas.with_remarks(lambda: prefill.compile(PROBLEMS[name], config, CARD))
     found = resources.read(compiled)
     text = resources._tool(compiled, "nvdisasm", "-c")
     return Seen(
         found.shared_memory,
         found.spilled,
         found.instructions,
-        said.getvalue(),
+        remarks,
         steps_of(text),
         exponentials_under_products(text),
         phases_under_products(compiled.asm["ttgir"]),
