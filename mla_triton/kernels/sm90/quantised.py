@@ -149,9 +149,16 @@ def quantised_kernel(
         weights = gl.allocate_shared_memory(gl.float16, [1, KEYS, ROWS], WEIGHTS)
     LINES: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     exchange = gl.allocate_shared_memory(gl.float32, [WARPS, ROWS], LINES)
+    full, empty = barriers(SLOTS, 1), barriers(SLOTS, 1)
+    if GROUPS > 0:
+        rope_full, rope_empty = barriers(1, 1), barriers(1, 1)
+    else:
+        # Not barriers that nobody waits for: their places are given to others, too.
+        rope_full = full
+        rope_empty = empty
     shared = _Shared(
         query, query_rope, latent, words, rope, key_scales, weights, exchange,
-        barriers(SLOTS, 1), barriers(SLOTS, 1), barriers(1, 1), barriers(1, 1),
+        full, empty, rope_full, rope_empty,
     )  # fmt: skip
     gl.warp_specialize(
         [
