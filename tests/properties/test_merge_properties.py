@@ -148,7 +148,8 @@ def test_rows_do_not_know_of_each_other(execution, shape, data):
 @EXAMPLES
 @given(data=st.data())
 def test_values_may_be_scaled(execution, shape, data):
-    """By powers of two; elements of out that are not normal numbers are left out."""
+    """By powers of two; elements of out that are not normal numbers are left out, and the smallest
+    that is one, which may be rounded from one that is not."""
     inputs = data.draw(problems(shape))
     exponent = data.draw(st.integers(1, 4))
     reproduction(inputs, f"out * 2**{exponent}", execution)
