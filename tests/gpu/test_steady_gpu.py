@@ -1,5 +1,5 @@
-"""Many calls, and several at once, on the GPU in this machine: memory that does not grow, streams
-and threads that do not see each other.
+"""Many calls, and several at once, on the GPU in this machine: memory that does not grow, bits that
+stay, streams and threads that do not see each other.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 from ways import Way, is_refused, run
 
 import mla_triton
+from mla_triton import AttentionState, select, timing
 from mla_triton import device as devices
-from mla_triton import select
 from mla_triton.testing import (
     append_inputs,
     assert_same_bits,
@@ -29,6 +29,7 @@ from mla_triton.testing import (
     decode_inputs,
     gather_inputs,
     merge_inputs,
+    plan_of,
     prefill_inputs,
     problem_of,
 )
@@ -37,6 +38,8 @@ BF16, F16 = torch.bfloat16, torch.float16
 CALLS = 100_000
 WARM_UP = 15_000
 """Calls until every table that is bounded has been filled."""
+REPLAYED = 500
+"""Calls of a graph."""
 STREAMS = 8
 ROUNDS = 30
 
@@ -153,6 +156,30 @@ def test_memory_does_not_grow():
     assert after.reserved == before.reserved
     assert after.blocks - before.blocks < MOST_BLOCKS, (before, after)
     assert after.resident - before.resident < MOST_RESIDENT, (before, after)
+
+
+# -- replays
+
+
+@pytest.mark.parametrize("stored", ["16bit", "fp8", "fp8_ds_mla"])
+@pytest.mark.parametrize("heads", [16, 32, 128])
+def test_a_hundred_thousand_replays_of_short_calls(heads, stored):
+    """By one plan, so that nothing but attention and merges follow each other, without a pause;
+    most programs of each find no key of the one request."""
+    inputs = decode_inputs(kv_lens=[512], heads=heads, stored=stored, device="cuda")
+    arguments, options = inputs.call_arguments()
+    buffers, plan = inputs.output_buffers(), plan_of(inputs)
+    graph = timing.capture(
+        [lambda: mla_triton.decode(*arguments, **options, **buffers, plan=plan)] * REPLAYED
+    )
+    graph.replay()
+    torch.cuda.synchronize()
+    first = AttentionState(buffers["out"].clone(), buffers["lse"].clone())
+    assert_within_budget(first, inputs)
+    for _ in range(CALLS // REPLAYED):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert_same_bits(AttentionState(buffers["out"], buffers["lse"]), first)
 
 
 # -- streams

@@ -163,14 +163,17 @@ def decode_kernel(
     else:
         rope = left
     if BLOCKS == 2:
+        left_full, right_full = barriers(2, 1), barriers(2, 1)
         if TAIL > 0:
             query_rope = gl.allocate_shared_memory(dtype, [1, ROWS, TAIL], LAYOUT)
+            rope_full = barriers(2, 1)
         else:
             query_rope = query_left
+            rope_full = left_full
         shared = _pairs(
             query_left, query_right, query_rope, left, right, rope,
             gl.allocate_shared_memory(gl.float32, [4, ROWS], VECTOR),
-            barriers(2, 1), barriers(2, 1), barriers(2, 1), barriers(2, 1), barriers(2, 1),
+            left_full, right_full, rope_full, barriers(2, 1), barriers(2, 1),
             barriers(2, 1), barriers(1, 2), barriers(1, 1), barriers(1, 1),
         )  # fmt: skip
         gl.warp_specialize(
@@ -230,7 +233,7 @@ def decode_kernel(
 def variant(problem: DecodeProblem, config: Config, geometry: Geometry, device: Device) -> Variant:
     """The kernel for a problem: everything but sizes that change from step to step is constant."""
     if problem.storage is not None:
-        return quantised.variant(problem, config, geometry)
+        return quantised.variant(problem, config, geometry, device)
     box = BLOCK if gathers(problem) else min(BLOCK, problem.page_size)
     half = problem.value_dim // 2
     kinds = {

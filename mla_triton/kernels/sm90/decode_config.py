@@ -25,8 +25,10 @@ OVERHEAD = 5
 """Cost of beginning a group (its queries, its first load, its result), in blocks."""
 QUANTISED_ROW_TILES = (16, 32, 64)
 """The same over a cache of e4m3 numbers, where the keys are a product's rows."""
-GROUPED_ROWS = 32
-"""Of a program at most with scales of groups: a tile of 64 is two programs side by side."""
+QUANTISED_ROWS = 32
+"""Of a program at most: a tile of 64 is two programs side by side."""
+PAIRED_ROWS = {False: QUANTISED_ROWS, True: 16}
+"""Of a program at most, without scales of groups and with, of which an SM has place for two."""
 GROUP = 128
 """Columns of a latent with a scale, where all do not share one."""
 FEW_ROWS = 16
@@ -126,11 +128,12 @@ def is_valid(
     if config.blocks not in (1, 2):
         return False, f"blocks must be 1 or 2, got {config.blocks}"
     if config.blocks == 2 and problem.storage is not None:
-        return False, "of e4m3 keys both warpgroups have one block in hand, blocks = 1"
+        return False, "of e4m3 keys all warps have one block in hand, blocks = 1"
     if config.blocks == 2 and (gathers(problem) or problem.page_size < BLOCK // 2):
         size = f"pages of {problem.page_size}"
         return False, f"two blocks come by TMA, from at most four pages, got {size}"
-    return True, "one program an SM"
+    count = programs(problem, row_tile(problem, device) if rows is None else rows)
+    return True, f"{('one program', 'two programs')[count - 1]} an SM"
 
 
 def choose(problem: DecodeProblem, device: Device, rows: int | None = None) -> tuple[Config, str]:
@@ -145,7 +148,7 @@ def choose(problem: DecodeProblem, device: Device, rows: int | None = None) -> t
     if not valid:
         raise ValueError(f"problem must be one that {NAME} takes, got {problem}: {rule}")
     if problem.storage is not None:
-        return one, "e4m3 keys: both warpgroups take a block of 128 keys together"
+        return one, f"e4m3 keys: {rule}, all warps of which take a block together"
     return one, "few rows: memory is waited for, and one block at a time has the shorter ends"
 
 
@@ -159,19 +162,23 @@ def row_tiles(problem: DecodeProblem) -> tuple[int, ...]:
     return (ROW_TILE,) if problem.storage is None else QUANTISED_ROW_TILES
 
 
-def most_rows(problem: DecodeProblem) -> int:
-    """Rows that one program can have."""
-    is_grouped = problem.storage is not None and problem.storage.group
-    return GROUPED_ROWS if is_grouped else ROW_TILE
+def programs(problem: DecodeProblem, rows: int) -> int:
+    """Programs with a schedule tile of so many rows that an SM has at a time.
+
+    Two of one warpgroup each have twice the programs to cut a batch for, and one of them has
+    products under way while the other makes operands. What they need is place for two of all.
+    """
+    storage = problem.storage
+    if storage is None:
+        return 1
+    return 2 if min(rows, QUANTISED_ROWS) <= PAIRED_ROWS[storage.group > 0] else 1
 
 
 def row_tile(problem: DecodeProblem, device: Device) -> int:
     """Rows of a program, where no plan says otherwise."""
-    most = most_rows(problem)
     if problem.storage is None:
-        return most
-    needed = problem.in_any_batch().rows
-    return next((rows for rows in QUANTISED_ROW_TILES if needed <= rows <= most), most)
+        return ROW_TILE
+    return FEW_ROWS if problem.in_any_batch().rows <= FEW_ROWS else QUANTISED_ROWS
 
 
 def geometry(
@@ -184,7 +191,9 @@ def geometry(
     if like is not None and why_not_cut(problem, like) is None:
         return fitted(problem, like.kv_tile, like.row_tile, 0, like.overhead, like.parts)
     parts = parts if like is None else like.parts
-    return fitted(problem, BLOCK, row_tile(problem, device), device.sm_count, OVERHEAD, parts)
+    rows = row_tile(problem, device)
+    slots = device.sm_count * programs(problem, rows)
+    return fitted(problem, BLOCK, rows, slots, OVERHEAD, parts)
 
 
 def tuning_point(

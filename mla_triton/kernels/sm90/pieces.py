@@ -296,7 +296,11 @@ def key_row(page, first_key, num_pages, page_rows, PAGE_SIZE: gl.constexpr):
 
 @gluon.jit
 def barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
-    """A barrier for each slot, completed by so many arrivals."""
+    """A barrier for each slot, completed by so many arrivals.
+
+    Only for a partition that waits for it: what nobody waits for counts as free once it is
+    initialised, and is given to others, whose first store nothing orders behind that.
+    """
     made = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
         mbarrier.init(made.index(slot), count=ARRIVALS)

@@ -4,41 +4,46 @@ What: as `mla_triton.kernels.sm90.decode`, over a cache with one scale for all l
 all rotary keys; or (`GROUPS`) with a scale for each 128 columns of a token's latent, and rotary
 keys of 16 bits. Where: capability 9.0 exactly.
 
-Work: program (lane, part) walks the groups of its part, with a tile of 16, 32 or 64 rows, in two
-partitions: two warpgroups that take a block of 128 keys together, and one warp that loads bytes by
-TMA. `quantised_steps.py` says how bytes become products, and which barriers there are;
-`quantised_groups.py` what is otherwise with scales of groups. Lanes of a part run side by side and
-share its keys through the L2.
+Work: program (lane, part) walks the groups of its part, with a tile of 16 or 32 rows, in two
+partitions: one or two warpgroups that take a block of 64 or 128 keys together, and one warp that
+loads bytes by TMA. Of one warpgroup an SM has two programs. `quantised_steps.py` says how bytes
+become products, and which barriers there are; `quantised_groups.py` what is otherwise with scales
+of groups. Lanes of a part run side by side and share its keys through the L2.
 
-Budget at latent 512 + rope 64: queries 1.125 KiB a row, weights 0.25, two blocks of latents of
-64 KiB and one of rotary keys of 8: 159 KiB for 16 rows, 181 for 32, 226 for 64. Registers: 168 a
-thread as launched, about 240 for the warpgroups (2 of output a row, half of one of scores) and 24
-for the loader once they are apart. With scales of groups: 183 and 217 KiB.
+Budget at latent 512 + rope 64 and one warpgroup: queries 1.125 KiB a row, weights 0.125, two blocks
+of latents of 32 KiB and of rotary keys of 4: 92 KiB for 16 rows, 113 for 32. Registers: 128 a
+thread as launched, 232 for the warpgroup (4 of output a row, half of one of scores) and 24 for the
+loader once they are apart. With two warpgroups twice the keys, half the output a thread: 167 and
+190 KiB, 168 registers as launched and 240. With scales of groups: 101 KiB for 16 rows, and with two
+warpgroups 182 and 217.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from mla_triton.device import Device
 from mla_triton.kernels.common.launch import TYPE_NAMES, Launch, Variant
 from mla_triton.kernels.common.tensors import DecodeTensors
 from mla_triton.kernels.sm90 import quantised_operands, quantised_steps
-from mla_triton.kernels.sm90.decode_config import BLOCK, Config, most_rows
+from mla_triton.kernels.sm90.decode_config import BLOCK, QUANTISED_ROWS, Config, programs
 from mla_triton.kernels.sm90.gluon import GluonASTSource, gl, gluon
 from mla_triton.kernels.sm90.pieces import Call, barriers
 from mla_triton.kernels.sm90.views import maps, row_strides, scale_map, sizes
 from mla_triton.plan import Geometry
 from mla_triton.problem import DecodeProblem
 
-REGISTERS_AT_LAUNCH = 168
+REGISTERS_AT_LAUNCH = {4: 128, 8: 168}
 LOADER_REGISTERS = gl.constexpr(24)
 SLOTS = 2
-"""Blocks of latents in shared memory: one in hand, one on its way."""
-READY = {16: 2, 32: 2, 64: 0}
-"""Operands that are made of latents before the weights are there, by rows: what registers hold."""
-STEP = {16: 64, 32: 64, 64: 32}
-"""Keys of such an operand."""
-GROUPED_READY = 2
+"""Blocks of keys in shared memory: one in hand, one on its way."""
+READY = {4: 0, 8: 2}
+"""Operands that are made of latents before the weights are there, by warps: with four the other
+program multiplies meanwhile."""
+GROUPED_READY = {4: 1, 8: 2}
+STEP = {(16, 4): 64, (32, 4): 32, (16, 8): 64, (32, 8): 64}
+"""Keys of such an operand, by rows and warps. With 32 and four, accumulators are half of what
+registers hold: of 64 keys, the compiler has every product wait for the one before it."""
 GROUPED_STEP = 64
 """The same with scales of groups, where an operand has half as many columns: with 16 heads and 128
 requests of 16384 keys on an H200 389 us with two, 396 with four and 399 with none."""
@@ -90,7 +95,7 @@ ALIGNED = frozenset(
     or (name.startswith(("q_", "out_")) and "_stride_" in name)
 )
 CHUNK = quantised_operands.CHUNK.value
-_KEYS = quantised_operands.KEYS
+_WARP_KEYS = quantised_operands.WARP_KEYS
 _CHUNK = quantised_operands.CHUNK
 _Shared, _attend, _load_bytes = (
     quantised_steps.Shared,
@@ -110,9 +115,10 @@ def quantised_kernel(
     num_pages, parts, scale_log2,
     VALUE: gl.constexpr, TAIL: gl.constexpr, PAGE_SIZE: gl.constexpr, CSR: gl.constexpr,
     RAGGED: gl.constexpr, CAUSAL: gl.constexpr, ROWS: gl.constexpr, TILE: gl.constexpr,
-    GROUPS: gl.constexpr, SLOTS: gl.constexpr, READY: gl.constexpr,
+    GROUPS: gl.constexpr, WARPS: gl.constexpr, SLOTS: gl.constexpr, READY: gl.constexpr,
     STEP: gl.constexpr,
 ):  # fmt: skip
+    KEYS: gl.constexpr = _WARP_KEYS * WARPS
     BYTES: gl.constexpr = gl.NVMMASharedLayout(128, 8, 2)
     QUERY: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     WEIGHTS: gl.constexpr = gl.NVMMASharedLayout(2 * ROWS, 16, 2)
@@ -122,28 +128,36 @@ def quantised_kernel(
         max_kv_len, planned_kv_len, parts, PAGE_SIZE, CSR, RAGGED, CAUSAL, False, ROWS, TILE,
     )  # fmt: skip
     query = gl.allocate_shared_memory(gl.float16, [VALUE // _CHUNK, ROWS, _CHUNK], QUERY)
-    latent = gl.allocate_shared_memory(E4M3, [SLOTS, _KEYS, VALUE], BYTES)
+    latent = gl.allocate_shared_memory(E4M3, [SLOTS, KEYS, VALUE], BYTES)
     if GROUPS > 0:
         PLAIN: gl.constexpr = gl.NVMMASharedLayout(0, 32, 2)
         query_rope = gl.allocate_shared_memory(rope_map.dtype, [1, ROWS, TAIL], QUERY)
-        rope = gl.allocate_shared_memory(rope_map.dtype, [1, _KEYS, TAIL], QUERY)
-        key_scales = gl.allocate_shared_memory(gl.float32, [SLOTS, _KEYS, GROUPS], PLAIN)
-        words = latent._reinterpret(gl.int16, [SLOTS, _KEYS, VALUE // 2], QUERY)
-        weights = gl.allocate_shared_memory(gl.bfloat16, [GROUPS, _KEYS, ROWS], WEIGHTS)
+        rope = gl.allocate_shared_memory(rope_map.dtype, [1, KEYS, TAIL], QUERY)
+        key_scales = gl.allocate_shared_memory(gl.float32, [SLOTS, KEYS, GROUPS], PLAIN)
+        words = latent._reinterpret(gl.int16, [SLOTS, KEYS, VALUE // 2], QUERY)
+        weights = gl.allocate_shared_memory(gl.bfloat16, [GROUPS, KEYS, ROWS], WEIGHTS)
     elif TAIL > 0:
         ROPE_BYTES: gl.constexpr = gl.NVMMASharedLayout(TAIL, 8, 2)
         query_rope = gl.allocate_shared_memory(gl.float16, [1, ROWS, TAIL], QUERY)
-        rope = gl.allocate_shared_memory(E4M3, [1, _KEYS, TAIL], ROPE_BYTES)
+        rope = gl.allocate_shared_memory(E4M3, [SLOTS, KEYS, TAIL], ROPE_BYTES)
     else:
         query_rope = query
         rope = latent
     if GROUPS == 0:
         key_scales = latent
         words = latent
-        weights = gl.allocate_shared_memory(gl.float16, [1, _KEYS, ROWS], WEIGHTS)
+        weights = gl.allocate_shared_memory(gl.float16, [1, KEYS, ROWS], WEIGHTS)
+    LINES: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    exchange = gl.allocate_shared_memory(gl.float32, [WARPS, ROWS], LINES)
+    full, empty = barriers(SLOTS, 1), barriers(SLOTS, 1)
+    if GROUPS > 0:
+        rope_full, rope_empty = barriers(1, 1), barriers(1, 1)
+    else:
+        rope_full = full
+        rope_empty = empty
     shared = _Shared(
-        query, query_rope, latent, words, rope, key_scales, weights,
-        barriers(SLOTS, 1), barriers(SLOTS, 1), barriers(1, 1), barriers(1, 1),
+        query, query_rope, latent, words, rope, key_scales, weights, exchange,
+        full, empty, rope_full, rope_empty,
     )  # fmt: skip
     gl.warp_specialize(
         [
@@ -153,11 +167,11 @@ def quantised_kernel(
                 q_rope_stride_b, q_rope_stride_s, q_rope_stride_h,
                 out_stride_b, out_stride_s, out_stride_h,
                 lse_stride_b, lse_stride_s, lse_stride_h, VALUE, TAIL, GROUPS,
-                SLOTS, READY, STEP,
+                WARPS, SLOTS, READY, STEP,
             )),
             (_load_bytes, (
                 call, shared, latent_map, rope_map, scale_map, rope_column, page_rows, num_pages,
-                VALUE, TAIL, GROUPS, SLOTS,
+                VALUE, TAIL, GROUPS, WARPS, SLOTS,
             )),
         ],
         [1],
@@ -165,11 +179,12 @@ def quantised_kernel(
     )  # fmt: skip
 
 
-def variant(problem: DecodeProblem, config: Config, geometry: Geometry) -> Variant:
+def variant(problem: DecodeProblem, config: Config, geometry: Geometry, device: Device) -> Variant:
     """The kernel for a problem: everything but sizes that change from step to step is constant."""
     box = min(BLOCK, problem.page_size, geometry.kv_tile)
     tail, groups = problem.key_tail, groups_of(problem)
     rows = rows_of(problem, geometry)
+    warps = warps_of(problem, geometry, device)
     rope = map_type("fp8e4nv", box, tail or CHUNK, tail or CHUNK)
     if groups:
         rope = map_type(TYPE_NAMES[problem.dtype], box, tail, 2 * tail)
@@ -192,14 +207,15 @@ def variant(problem: DecodeProblem, config: Config, geometry: Geometry) -> Varia
             ("ROWS", rows),
             ("TILE", geometry.kv_tile),
             ("GROUPS", groups),
+            ("WARPS", warps),
             ("SLOTS", SLOTS),
-            ("READY", GROUPED_READY if groups else READY[rows]),
-            ("STEP", GROUPED_STEP if groups else STEP[rows]),
+            ("READY", (GROUPED_READY if groups else READY)[warps]),
+            ("STEP", GROUPED_STEP if groups else STEP[rows, warps]),
         ),
         ALIGNED,
-        num_warps=8,
+        num_warps=warps,
         programmatic=True,
-        max_registers=REGISTERS_AT_LAUNCH,
+        max_registers=REGISTERS_AT_LAUNCH[warps],
         source=GluonASTSource,
     )
 
@@ -213,7 +229,18 @@ def groups_of(problem: DecodeProblem) -> int:
 def rows_of(problem: DecodeProblem, geometry: Geometry) -> int:
     """Rows of a program: those of the schedule's tile, or half of them, of which two programs side
     by side have one each."""
-    return min(geometry.row_tile, most_rows(problem))
+    return min(geometry.row_tile, QUANTISED_ROWS)
+
+
+def warps_of(problem: DecodeProblem, geometry: Geometry, device: Device) -> int:
+    """Warps of a program that multiply: four, of which an SM has two programs, or eight.
+
+    A plan that was made for another cache may have one program for each SM, which is then to be of
+    eight; not where its results must not depend on how many there are.
+    """
+    is_one = geometry.lanes * geometry.parts <= device.sm_count and not geometry.fixed
+    is_paired = programs(problem, geometry.row_tile) == 2
+    return 4 if is_paired and not is_one else 8
 
 
 def map_type(kind: str, rows: int, columns: int, swizzle: int) -> str:

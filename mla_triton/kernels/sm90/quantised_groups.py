@@ -25,10 +25,10 @@ from mla_triton.kernels.sm90.gluon import (
 )
 from mla_triton.kernels.sm90.quantised_operands import (
     CHUNK,
-    KEYS,
-    WARPS_OF_KEYS,
+    WARP_KEYS,
     as_operand,
-    key_bytes,
+    load_keys,
+    warps_apart,
 )
 
 WORDS = gl.constexpr(64)
@@ -36,24 +36,24 @@ WORDS = gl.constexpr(64)
 
 
 @gluon.constexpr_function
-def scale_numbers(keys):
+def scale_numbers(keys, warps):
     """A layout of `[keys, 4]` scales: a thread has those of the two keys that are its rows of a
     product."""
     return gl.DistributedLinearLayout(
         [[0, 1], [0, 2], [8, 0]],
         [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]],
-        WARPS_OF_KEYS.value,
+        warps_apart(warps, WARP_KEYS.value, 0),
         [],
         [keys, 4],
     )
 
 
 @gluon.jit
-def load_scales(shared, slot, valid, block_keys):
+def load_scales(shared, slot, valid, block_keys, WARPS: gl.constexpr):
     """The scales of a block, for each group `[keys]`; from key `valid` on 0: what lies there may be
     NaN, and a weight of 0 times NaN is."""
     LAYOUT: gl.constexpr = block_keys.type.layout
-    scales = shared.scales.index(slot).load(scale_numbers(block_keys.shape[0]))
+    scales = shared.scales.index(slot).load(scale_numbers(block_keys.shape[0], WARPS))
     even, odd = scales.reshape([block_keys.shape[0], 2, 2]).split()
     first, third = even.split()
     second, fourth = odd.split()
@@ -69,7 +69,7 @@ def load_scales(shared, slot, valid, block_keys):
 @gluon.jit
 def multiply_grouped_keys(
     shared, step, slot, zero, scales, factor, ROWS: gl.constexpr, GROUPS: gl.constexpr,
-    LAYOUT: gl.constexpr,
+    WARPS: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Starts keys x queries^T of a block, `[keys, queries]`: (scores but for the last group, the
     products of that, which are under way).
@@ -77,15 +77,14 @@ def multiply_grouped_keys(
     Scores are of the queries as they are: of a latent's columns their multiples by 1 / `factor`
     were multiplied.
     """
-    scores = gl.zeros([KEYS, ROWS], gl.float32, LAYOUT)
+    scores = gl.zeros([WARP_KEYS * WARPS, ROWS], gl.float32, LAYOUT)
     mbarrier.wait(shared.rope_full.index(0), step & 1)
     queries = shared.query_rope.index(zero).permute((1, 0))
     product = warpgroup_mma(shared.rope.index(0), queries, scores, use_acc=False, is_async=True)
     for group in gl.static_range(GROUPS):
-        part = shared.latent.index(slot).slice(group * CHUNK, CHUNK, dim=1)
-        keys = as_operand(part.load(key_bytes(CHUNK)), LAYOUT)
+        keys = as_operand(load_keys(shared, slot, group, WARPS), LAYOUT)
         queries = shared.query.index(zero + group).permute((1, 0))
-        fresh = gl.zeros([KEYS, ROWS], gl.float32, LAYOUT)
+        fresh = gl.zeros([WARP_KEYS * WARPS, ROWS], gl.float32, LAYOUT)
         fresh = warpgroup_mma(keys, queries, fresh, use_acc=False, is_async=True)
         # One product is under way while that before it is scaled and the next operand is made.
         product, fresh = warpgroup_mma_wait(1, deps=(product, fresh))
@@ -119,7 +118,7 @@ def scaled(weights, scales):
 
 
 @gluon.constexpr_function
-def value_words(keys):
+def value_words(keys, warps):
     """A layout of `[keys, 64]` pairs of columns as `ldmatrix` leaves them, transposed: a thread has
     the pairs that are two of its rows of a product, of every key that wgmma wants of it."""
     registers, key = [[1, 0]], 8
@@ -127,8 +126,11 @@ def value_words(keys):
         registers.append([key, 0])
         key *= 2
     lanes = [[2, 0], [4, 0], [0, 1], [0, 2], [0, 4]]
-    warps = [[0, 8], [0, 16], [0, 32]]
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], [keys, WORDS.value])
+    if warps == 4:
+        registers.append([0, 32])
+    return gl.DistributedLinearLayout(
+        registers, lanes, warps_apart(warps, 0, 8), [], [keys, WORDS.value]
+    )
 
 
 PAIRS = gl.constexpr("""{
@@ -153,12 +155,18 @@ NaN already.
 
 
 @gluon.jit
-def grouped_value_operand(shared, slot, turn, STEP: gl.constexpr, LAYOUT: gl.constexpr):
-    """latents^T of the 128 columns of a group of `STEP` keys of a block."""
-    part = shared.words.index(slot).slice(turn // (KEYS // STEP) * WORDS, WORDS, dim=1)
-    part = part.slice(turn % (KEYS // STEP) * STEP, STEP, dim=0)
+def load_words(shared, slot, turn, STEP: gl.constexpr, WARPS: gl.constexpr):
+    """Pairs of the 128 columns of a group of `STEP` keys of a block."""
+    TURNS: gl.constexpr = WARP_KEYS * WARPS // STEP
+    part = shared.words.index(slot).slice(turn // TURNS * WORDS, WORDS, dim=1)
+    return part.slice(turn % TURNS * STEP, STEP, dim=0).load(value_words(STEP, WARPS))
+
+
+@gluon.jit
+def group_as_operand(words, STEP: gl.constexpr, LAYOUT: gl.constexpr):
+    """The same, as columns x keys, the first operand of a product."""
     even, odd = gl.inline_asm_elementwise(
-        PAIRS, "=r,=r,r", [part.load(value_words(STEP))], (gl.bfloat16, gl.bfloat16), True, 2
+        PAIRS, "=r,=r,r", [words], (gl.bfloat16, gl.bfloat16), True, 2
     )
     values = gl.join(even, odd).reshape([STEP, 8, 8, 2]).permute([1, 3, 2, 0])
     operand: gl.constexpr = gl.DotOperandLayout(0, LAYOUT, 2)

@@ -10,14 +10,12 @@ chosen so that a thread's bytes lie side by side.
 from mla_triton.kernels.sm90.gluon import fence_async_shared, gl, gluon, sync_threads
 from mla_triton.kernels.sm90.pieces import row_offsets
 
-KEYS = gl.constexpr(128)
-"""Of a block."""
 CHUNK = gl.constexpr(128)
 """Columns of a latent that lie side by side in shared memory: the widest swizzle."""
-PAIR = gl.constexpr(256)
-"""Columns of a latent that the two warpgroups multiply at once."""
-WARPS_OF_KEYS = gl.constexpr([[16, 0], [32, 0], [64, 0]])
-"""Whose rows of a product are which keys of a block."""
+WARP_KEYS = gl.constexpr(16)
+"""Keys of a block that are a warp's rows of the first product."""
+WARP_COLUMNS = gl.constexpr(32)
+"""Columns of a latent that are a warp's rows of the second, at once."""
 TOP_EXPONENT = gl.constexpr(14)
 """Of the largest query of a row, once it is in float16."""
 
@@ -25,8 +23,14 @@ TOP_EXPONENT = gl.constexpr(14)
 
 
 @gluon.constexpr_function
-def key_bytes(columns):
-    """A layout of `[128, columns]` bytes of keys: a thread has a quarter of the columns of two
+def warps_apart(warps, rows, columns):
+    """Bases of a layout in which each warp is so far from the one before it."""
+    return [[rows << bit, columns << bit] for bit in range(3) if warps >> bit > 1]
+
+
+@gluon.constexpr_function
+def key_bytes(columns, warps):
+    """A layout of `[keys of a block, columns]` bytes: a thread has a quarter of the columns of two
     rows, 16 or 32 bytes side by side, which `as_operand` makes those that wgmma wants of it."""
     registers, column = [], 1
     while column < columns // 4:
@@ -34,8 +38,19 @@ def key_bytes(columns):
         column *= 2
     lanes = [[0, column], [0, 2 * column], [1, 0], [2, 0], [4, 0]]
     return gl.DistributedLinearLayout(
-        [*registers, [8, 0]], lanes, WARPS_OF_KEYS.value, [], [KEYS.value, columns]
+        [*registers, [8, 0]],
+        lanes,
+        warps_apart(warps, WARP_KEYS.value, 0),
+        [],
+        [WARP_KEYS.value * warps, columns],
     )
+
+
+@gluon.jit
+def load_keys(shared, slot, chunk, WARPS: gl.constexpr):
+    """Bytes of 128 columns of the keys of a block."""
+    part = shared.latent.index(slot).slice(chunk * CHUNK, CHUNK, dim=1)
+    return part.load(key_bytes(CHUNK, WARPS))
 
 
 @gluon.jit
@@ -62,16 +77,18 @@ def in_halves(keys):
 
 
 @gluon.constexpr_function
-def value_bytes(keys):
-    """A layout of `[keys, 256]` bytes of latents: a thread has four side by side of every key that
-    wgmma wants of it, so that `in_row_order` moves nothing from thread to thread."""
+def value_bytes(keys, warps):
+    """A layout of bytes of latents, `[keys, 32 columns a warp]`: a thread has four side by side of
+    every key that wgmma wants of it, so that `in_row_order` moves nothing from thread to thread."""
     registers, key = [[0, 1], [0, 2], [1, 0]], 8
     while key < keys:
         registers.append([key, 0])
         key *= 2
     lanes = [[2, 0], [4, 0], [0, 4], [0, 8], [0, 16]]
-    warps = [[0, 32], [0, 64], [0, 128]]
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], [keys, PAIR.value])
+    columns = WARP_COLUMNS.value
+    return gl.DistributedLinearLayout(
+        registers, lanes, warps_apart(warps, 0, columns), [], [keys, columns * warps]
+    )
 
 
 INTERLEAVE = gl.constexpr("""{
@@ -91,30 +108,67 @@ which number it is, (key, column 2, column 1), the result has them as (column 2,
 
 
 @gluon.jit
-def in_row_order(values, STEP: gl.constexpr):
+def in_row_order(values, STEP: gl.constexpr, WARPS: gl.constexpr):
     """`[keys, columns]` of latents, once interleaved, as `[rows of the product, keys]`."""
     column_2: gl.constexpr = 1
     column_1: gl.constexpr = 5
     key: gl.constexpr = 6
-    parts = values.reshape([STEP // 2, 2, 2, 4, 8, 2, 2])
-    return parts.permute([column_2, 2, 3, column_1, 4, 0, key]).reshape([PAIR, STEP])
+    parts = values.reshape([STEP // 2, 2, WARPS // 4, 4, 8, 2, 2])
+    rows = parts.permute([column_2, 2, 3, column_1, 4, 0, key])
+    return rows.reshape([WARP_COLUMNS * WARPS, STEP])
 
 
 @gluon.jit
-def as_rows_of_output(accumulator, ROWS: gl.constexpr):
+def as_rows_of_output(accumulator, ROWS: gl.constexpr, WARPS: gl.constexpr):
     """`[rows of the product, queries]` as `[queries, columns of the latent]`."""
-    parts = accumulator.reshape([2, 2, 4, 2, 8, ROWS])
-    return parts.permute([5, 1, 2, 4, 0, 3]).reshape([ROWS, PAIR])
+    parts = accumulator.reshape([2, WARPS // 4, 4, 2, 8, ROWS])
+    return parts.permute([5, 1, 2, 4, 0, 3]).reshape([ROWS, WARP_COLUMNS * WARPS])
+
+
+# -- what warps tell each other of queries
+
+
+@gluon.constexpr_function
+def all_warps(rows, warps):
+    """A layout of `[warps, queries]`: a thread has what all warps say of the queries that are its
+    columns of a product."""
+    registers, row = [[0, 1]], 8
+    while row < rows:
+        registers.append([0, row])
+        row *= 2
+    bits = range(warps.bit_length() - 1)
+    registers += [[1 << bit, 0] for bit in bits]
+    lanes = [[0, 2], [0, 4], [0, 0], [0, 0], [0, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[0, 0] for _ in bits], [], [warps, rows])
+
+
+@gluon.jit
+def of_all_warps(own, exchange):
+    """What each warp says of the queries, `[warps, queries]`, to every thread.
+
+    A reduction by the compiler would go through shared memory twice, and all warps wait for each
+    other each time.
+    """
+    exchange.store(own)
+    return exchange.load(all_warps(own.shape[1], own.shape[0]))
+
+
+@gluon.jit
+def largest_of_block(scores, exchange, WARPS: gl.constexpr):
+    """Of each query the largest score of a block, `[keys, queries]`."""
+    BY_ROW: gl.constexpr = gl.SliceLayout(0, scores.type.layout)
+    own = gl.max(scores.reshape([WARPS, WARP_KEYS, scores.shape[1]]), 1)
+    return gl.convert_layout(gl.max(of_all_warps(own, exchange), 0), BY_ROW, assert_trivial=True)
 
 
 # -- queries
 
 
 @gluon.jit
-def load_columns(source, rows, COLUMN: gl.constexpr, WIDTH: gl.constexpr):
+def load_columns(source, rows, COLUMN: gl.constexpr, WIDTH: gl.constexpr, WARPS: gl.constexpr):
     """float32 columns of the rows of a tile, from where the offsets are."""
     ACROSS: gl.constexpr = WIDTH // 8
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [8, 1], [1, 0])
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [WARPS, 1], [1, 0])
     columns = COLUMN + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
     offsets = gl.convert_layout(rows, gl.SliceLayout(1, LAYOUT))
     addresses = source + gl.expand_dims(offsets, 1) + gl.expand_dims(columns, 0)
@@ -137,7 +191,7 @@ def store_queries(values, factor, target, WIDTH: gl.constexpr):
 def prepare_queries(
     call, shared, q_nope, q_rope, request, first_row, is_zero,
     nope_stride_b, nope_stride_s, nope_stride_h, rope_stride_b, rope_stride_s, rope_stride_h,
-    CHUNKS: gl.constexpr, TAIL: gl.constexpr, GROUPS: gl.constexpr,
+    CHUNKS: gl.constexpr, TAIL: gl.constexpr, GROUPS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Queries of a group into shared memory; returns what scores have to be multiplied by for it.
 
@@ -146,20 +200,20 @@ def prepare_queries(
     `is_zero` is whether latents are, because their scale is. With scales of groups the rotary part
     stays what it is: its keys have no scale, nor its products the factor.
     """
-    FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
+    FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     tile_rows = gl.arange(0, call.ROWS, FLAT)
     rows = row_offsets(
         call, request, first_row, tile_rows, nope_stride_b, nope_stride_s, nope_stride_h
     )
     peak = gl.zeros([call.ROWS], gl.float32, FLAT)
     for chunk in gl.static_range(CHUNKS):
-        values = load_columns(q_nope, rows, chunk * CHUNK, CHUNK)
+        values = load_columns(q_nope, rows, chunk * CHUNK, CHUNK, WARPS)
         peak = gl.maximum(peak, gl.convert_layout(largest(values), FLAT))
     if TAIL > 0:
         rope_rows = row_offsets(
             call, request, first_row, tile_rows, rope_stride_b, rope_stride_s, rope_stride_h
         )
-        rope_values = load_columns(q_rope, rope_rows, 0, TAIL)
+        rope_values = load_columns(q_rope, rope_rows, 0, TAIL, WARPS)
         if GROUPS == 0:
             peak = gl.maximum(peak, gl.convert_layout(largest(rope_values), FLAT))
     # Of 2^e <= peak < 2^(e + 1), from the bits: the power that brings it to 2^TOP_EXPONENT. Not of
@@ -170,7 +224,7 @@ def prepare_queries(
     factor = ((254 + TOP_EXPONENT - exponent) << 23).to(gl.float32, bitcast=True)
     inverse = (exponent - TOP_EXPONENT << 23).to(gl.float32, bitcast=True)
     for chunk in gl.static_range(CHUNKS):
-        values = load_columns(q_nope, rows, chunk * CHUNK, CHUNK)
+        values = load_columns(q_nope, rows, chunk * CHUNK, CHUNK, WARPS)
         if is_zero:
             values = gl.zeros_like(values)
         store_queries(values, factor, shared.query.index(chunk), CHUNK)

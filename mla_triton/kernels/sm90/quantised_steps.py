@@ -1,4 +1,4 @@
-"""The two partitions of the Hopper kernel over an e4m3 cache: a loader, and two warpgroups in step.
+"""The two partitions of the Hopper kernel over an e4m3 cache: a loader, and warpgroups in step.
 
 Products are turned round: scores^T = keys x queries^T, output^T = latents^T x weights^T. The side
 of a product that has 64 rows a warpgroup is then that of the keys, or of the latent's columns, and
@@ -7,14 +7,19 @@ float16 there, and are multiplied: a tile of 16-bit numbers is never written. Th
 columns inside a product is free, as long as both operands have the same, and is chosen so that a
 thread's bytes lie side by side.
 
-Of a block of 128 keys each warpgroup scores 64, and then has half of the latent's columns of all.
+Of a block each warp scores 16 keys, and then has 32 of every 128 or 256 columns of all of them.
 
 | barrier | who arrives | who waits | meaning |
 | --- | --- | --- | --- |
-| full | TMA | both warpgroups | a block's latents are in their slot, and their scales |
-| empty | both, as one | loader | they were used up |
-| rope_full | TMA | both warpgroups | a block's rotary keys are there |
-| rope_empty | both, as one | loader | they were used up |
+| full | TMA | warpgroups | a block's keys are in their slot, and their scales |
+| empty | they, as one | loader | they were used up |
+
+With scales of groups there is place for rotary keys, of 16 bits, of one block:
+
+| barrier | who arrives | who waits | meaning |
+| --- | --- | --- | --- |
+| rope_full | TMA | warpgroups | a block's rotary keys are there |
+| rope_empty | they, as one | loader | they were used up |
 """
 
 # No `from __future__ import annotations`: an aggregate reads the types of its fields.
@@ -32,22 +37,26 @@ from mla_triton.kernels.sm90.gluon import (
 )
 from mla_triton.kernels.sm90.pieces import LN_2, LOWEST, key_row, partial_row, row_offsets
 from mla_triton.kernels.sm90.quantised_groups import (
+    group_as_operand,
     group_as_rows_of_output,
-    grouped_value_operand,
     load_scales,
+    load_words,
     multiply_grouped_keys,
     store_scaled_weights,
 )
 from mla_triton.kernels.sm90.quantised_operands import (
     CHUNK,
     INTERLEAVE,
-    KEYS,
-    PAIR,
+    WARP_COLUMNS,
+    WARP_KEYS,
     as_operand,
     as_rows_of_output,
     in_halves,
     in_row_order,
     key_bytes,
+    largest_of_block,
+    load_keys,
+    of_all_warps,
     prepare_queries,
     value_bytes,
 )
@@ -55,6 +64,10 @@ from mla_triton.kernels.sm90.quantised_operands import (
 HALF_KEYS = gl.constexpr(64)
 CLEARED = gl.constexpr(16)
 """Keys that are cleared at once."""
+SLACK = gl.constexpr(8.0)
+"""In powers of two, by how much a score may exceed the one whose weight is 1, so that most blocks
+need not rescale accumulators: 2^8, and sums of it times e4m3 numbers, are far from the largest
+float16 and float32. Times scales of groups, which are any numbers, they might not be."""
 
 
 @aggregate
@@ -68,6 +81,7 @@ class Shared:
     rope: gl.shared_memory_descriptor
     scales: gl.shared_memory_descriptor
     weights: gl.shared_memory_descriptor
+    exchange: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
     rope_full: gl.shared_memory_descriptor
@@ -75,8 +89,8 @@ class Shared:
 
     @gluon.constexpr_function
     def __init__(
-        self, query, query_rope, latent, words, rope, scales, weights, full, empty, rope_full,
-        rope_empty,
+        self, query, query_rope, latent, words, rope, scales, weights, exchange, full, empty,
+        rope_full, rope_empty,
     ):  # fmt: skip
         self.query = query
         self.query_rope = query_rope
@@ -85,6 +99,7 @@ class Shared:
         self.rope = rope
         self.scales = scales
         self.weights = weights
+        self.exchange = exchange
         self.full = full
         self.empty = empty
         self.rope_full = rope_full
@@ -94,10 +109,11 @@ class Shared:
 @gluon.jit
 def load_bytes(
     call, shared, latent_map, rope_map, scale_map, rope_column, page_rows, num_pages,
-    VALUE: gl.constexpr, TAIL: gl.constexpr, GROUPS: gl.constexpr,
+    VALUE: gl.constexpr, TAIL: gl.constexpr, GROUPS: gl.constexpr, WARPS: gl.constexpr,
     SLOTS: gl.constexpr,
 ):  # fmt: skip
     """The loader: every key block of every group into the slots, as they become free."""
+    KEYS: gl.constexpr = WARP_KEYS * WARPS
     ROPE_BYTES: gl.constexpr = KEYS * TAIL * rope_map.dtype.primitive_bitwidth // 8
     PAGE: gl.constexpr = call.PAGE_SIZE if call.PAGE_SIZE < call.TILE else call.TILE
     BOX: gl.constexpr = HALF_KEYS if PAGE > HALF_KEYS else PAGE
@@ -113,12 +129,8 @@ def load_bytes(
         for block in range(begin_key, end_key, KEYS):
             slot = step % SLOTS
             full = shared.full.index(slot)
-            rope_full = shared.rope_full.index(0)
-            if TAIL > 0 and GROUPS == 0:
-                mbarrier.wait(shared.rope_empty.index(0), (step & 1) ^ 1)
-                mbarrier.expect(rope_full, ROPE_BYTES)
             mbarrier.wait(shared.empty.index(slot), (step // SLOTS & 1) ^ 1)
-            mbarrier.expect(full, KEYS * (VALUE + 4 * GROUPS))
+            mbarrier.expect(full, KEYS * (VALUE + (4 * GROUPS if GROUPS > 0 else TAIL)))
             rows = ()
             for box in gl.static_range(KEYS // BOX):
                 first_key = block + box * BOX
@@ -132,10 +144,11 @@ def load_bytes(
                     copy_tile(scale_map, [row, 0], full, into)
                     rows += (row,)  # type: ignore
                 elif TAIL > 0:
-                    into = shared.rope.index(0).slice(box * BOX, BOX, dim=0)
-                    copy_tile(rope_map, [row, rope_column], rope_full, into)
+                    into = shared.rope.index(slot).slice(box * BOX, BOX, dim=0)
+                    copy_tile(rope_map, [row, rope_column], full, into)
             if GROUPS > 0:
                 # Latents do not wait until the rotary keys before these are used up.
+                rope_full = shared.rope_full.index(0)
                 mbarrier.wait(shared.rope_empty.index(0), (step & 1) ^ 1)
                 mbarrier.expect(rope_full, ROPE_BYTES)
                 for box in gl.static_range(KEYS // BOX):
@@ -149,87 +162,69 @@ def load_bytes(
 
 @gluon.jit
 def multiply_keys(
-    shared, step, slot, zero, rope_ratio, ROWS: gl.constexpr, VALUE: gl.constexpr,
-    TAIL: gl.constexpr, LAYOUT: gl.constexpr,
+    shared, slot, zero, ROWS: gl.constexpr, VALUE: gl.constexpr, TAIL: gl.constexpr,
+    WARPS: gl.constexpr, HALVES: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Starts keys x queries^T of a block, `[128, queries]`.
+    """Starts keys x queries^T of a block, `[keys, queries]`: of latents, and of rotary keys.
 
-    Rotary keys come first: they have a scale of their own, by which their sum is multiplied.
+    These have a scale of their own, and so a product. One is under way while the bytes of the next
+    are made operands: of 128 columns, or `HALVES` of that, which take half as many registers.
     """
-    scores = gl.zeros([KEYS, ROWS], gl.float32, LAYOUT)
+    PARTS: gl.constexpr = 2 if HALVES else 1
+    WIDTH: gl.constexpr = CHUNK // PARTS
+    scores = gl.zeros([WARP_KEYS * WARPS, ROWS], gl.float32, LAYOUT)
+    rope_scores = scores
     if TAIL > 0:
-        mbarrier.wait(shared.rope_full.index(0), step & 1)
-        keys = as_operand(shared.rope.index(0).load(key_bytes(TAIL)), LAYOUT)
+        keys = as_operand(shared.rope.index(slot).load(key_bytes(TAIL, WARPS)), LAYOUT)
         queries = shared.query_rope.index(zero).permute((1, 0))
-        scores = warpgroup_mma(keys, queries, scores, use_acc=False, is_async=True)
+        rope_scores = warpgroup_mma(keys, queries, scores, use_acc=False, is_async=True)
     for chunk in gl.static_range(VALUE // CHUNK):
-        part = shared.latent.index(slot).slice(chunk * CHUNK, CHUNK, dim=1)
-        keys = as_operand(part.load(key_bytes(CHUNK)), LAYOUT)
-        if TAIL > 0 and chunk == 0:
-            scores = warpgroup_mma_wait(0, deps=(scores,)) * rope_ratio
-            mbarrier.arrive(shared.rope_empty.index(0), count=1)
-        queries = shared.query.index(zero + chunk).permute((1, 0))
-        is_first = TAIL == 0 and chunk == 0
-        scores = warpgroup_mma(keys, queries, scores, use_acc=not is_first, is_async=True)
-        if chunk < VALUE // CHUNK - 1:
-            # One product is under way while the bytes of the next are made operands.
-            scores = warpgroup_mma_wait(1, deps=(scores,))
-    return scores
-
-
-@gluon.jit
-def multiply_key_halves(
-    shared, step, slot, zero, rope_ratio, ROWS: gl.constexpr, VALUE: gl.constexpr,
-    TAIL: gl.constexpr, LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """The same in products of half as many columns, and as many registers."""
-    HALF: gl.constexpr = CHUNK // 2
-    scores = gl.zeros([KEYS, ROWS], gl.float32, LAYOUT)
-    if TAIL > 0:
-        mbarrier.wait(shared.rope_full.index(0), step & 1)
-        keys = as_operand(shared.rope.index(0).load(key_bytes(TAIL)), LAYOUT)
-        queries = shared.query_rope.index(zero).permute((1, 0))
-        scores = warpgroup_mma(keys, queries, scores, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(0, deps=(scores,)) * rope_ratio
-        mbarrier.arrive(shared.rope_empty.index(0), count=1)
-    for chunk in gl.static_range(VALUE // CHUNK):
-        part = shared.latent.index(slot).slice(chunk * CHUNK, CHUNK, dim=1)
-        halves = in_halves(part.load(key_bytes(CHUNK)))
-        for half in gl.static_range(2):
-            keys = as_operand(halves[half], LAYOUT)
-            queries = shared.query.index(zero + chunk).slice(half * HALF, HALF, dim=1)
+        loaded = load_keys(shared, slot, chunk, WARPS)
+        parts = in_halves(loaded) if HALVES else (loaded,)
+        for part in gl.static_range(PARTS):
+            keys = as_operand(parts[part], LAYOUT)
+            queries = shared.query.index(zero + chunk).slice(part * WIDTH, WIDTH, dim=1)
             queries = queries.permute((1, 0))
-            is_first = TAIL == 0 and chunk == 0 and half == 0
+            is_first = chunk == 0 and part == 0
             scores = warpgroup_mma(keys, queries, scores, use_acc=not is_first, is_async=True)
-            if chunk < VALUE // CHUNK - 1 or half == 0:
+            if chunk < VALUE // CHUNK - 1 or part < PARTS - 1:
                 scores = warpgroup_mma_wait(1, deps=(scores,))
-    return scores
+    return scores, rope_scores
 
 
 @gluon.jit
-def value_operand(
-    shared, slot, turn, STEP: gl.constexpr, GROUPS: gl.constexpr,
-    LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """latents^T of the next columns of `STEP` keys of a block: of 256, or of a group."""
+def load_values(shared, slot, turn, STEP: gl.constexpr, GROUPS: gl.constexpr, WARPS: gl.constexpr):
+    """Bytes of the next columns of `STEP` keys of a block: of 32 a warp, or of a group."""
+    TURNS: gl.constexpr = WARP_KEYS * WARPS // STEP
     if GROUPS > 0:
-        return grouped_value_operand(shared, slot, turn, STEP, LAYOUT)
+        return load_words(shared, slot, turn, STEP, WARPS)
     else:
-        part = shared.latent.index(slot).slice(turn // (KEYS // STEP) * PAIR, PAIR, dim=1)
-        part = part.slice(turn % (KEYS // STEP) * STEP, STEP, dim=0)
+        WIDTH: gl.constexpr = WARP_COLUMNS * WARPS
+        part = shared.latent.index(slot).slice(turn // TURNS * WIDTH, WIDTH, dim=1)
+        return part.slice(turn % TURNS * STEP, STEP, dim=0).load(value_bytes(STEP, WARPS))
+
+
+@gluon.jit
+def as_value_operand(
+    loaded, STEP: gl.constexpr, GROUPS: gl.constexpr, WARPS: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """The same, transposed, as the first operand of a product."""
+    if GROUPS > 0:
+        return group_as_operand(loaded, STEP, LAYOUT)
+    else:
         values = gl.inline_asm_elementwise(
-            INTERLEAVE, "=r,=r,=r,=r,r,r", [part.load(value_bytes(STEP))], gl.float16, True, 8
+            INTERLEAVE, "=r,=r,=r,=r,r,r", [loaded], gl.float16, True, 8
         )
         operand: gl.constexpr = gl.DotOperandLayout(0, LAYOUT, 2)
-        return gl.convert_layout(in_row_order(values, STEP), operand, assert_trivial=True)
+        return gl.convert_layout(in_row_order(values, STEP, WARPS), operand, assert_trivial=True)
 
 
 @gluon.jit
-def clear_past(shared, slot, valid, VALUE: gl.constexpr):
+def clear_past(shared, slot, valid, VALUE: gl.constexpr, WARPS: gl.constexpr):
     """Zeroes the latents of a block from `valid` on: what lies there may be NaN, and 0 x NaN is."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [8, 1], [1, 0])
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
     rows = gl.expand_dims(gl.arange(0, CLEARED, gl.SliceLayout(1, LAYOUT)), 1)
-    for row in gl.static_range(0, KEYS, CLEARED):
+    for row in gl.static_range(0, WARP_KEYS * WARPS, CLEARED):
         if row + CLEARED > valid:
             for column in gl.static_range(0, VALUE, CHUNK):
                 part = shared.latent.index(slot).slice(row, CLEARED, dim=0)
@@ -287,6 +282,15 @@ def as_factor(factor, SUMS: gl.constexpr):
 
 
 @gluon.jit
+def rescaled(accumulators, rescale):
+    """Accumulators times a factor for each query; as a tuple, of however many."""
+    results = ()
+    for place in gl.static_range(len(accumulators)):
+        results += (accumulators[place] * gl.expand_dims(rescale, 0),)
+    return results
+
+
+@gluon.jit
 def waited(results):
     """Accumulators, once all products are done; as a tuple, of however many."""
     if len(results) == 1:
@@ -300,16 +304,17 @@ def attend(
     call, shared, q_nope, q_rope, scales, out, lse, partial_out, partial_lse, scale_log2,
     nope_stride_b, nope_stride_s, nope_stride_h, rope_stride_b, rope_stride_s, rope_stride_h,
     out_stride_b, out_stride_s, out_stride_h, lse_stride_b, lse_stride_s, lse_stride_h,
-    VALUE: gl.constexpr, TAIL: gl.constexpr, GROUPS: gl.constexpr,
+    VALUE: gl.constexpr, TAIL: gl.constexpr, GROUPS: gl.constexpr, WARPS: gl.constexpr,
     SLOTS: gl.constexpr, READY: gl.constexpr, STEP: gl.constexpr,
 ):  # fmt: skip
-    """Both warpgroups."""
+    """All warps but the loader."""
     ROWS: gl.constexpr = call.ROWS
-    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, ROWS, 16])
+    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, ROWS, 16])
     WEIGHTS: gl.constexpr = shared.weights.layout
     BY_ROW: gl.constexpr = gl.SliceLayout(0, PRODUCT)
+    KEYS: gl.constexpr = WARP_KEYS * WARPS
     TURNS: gl.constexpr = KEYS // STEP
-    WIDTH: gl.constexpr = CHUNK if GROUPS > 0 else PAIR
+    WIDTH: gl.constexpr = CHUNK if GROUPS > 0 else WARP_COLUMNS * WARPS
     tile_rows = gl.arange(0, ROWS, BY_ROW)
     block_keys = gl.arange(0, KEYS, gl.SliceLayout(1, PRODUCT))
     cuts = call.groups()
@@ -333,9 +338,11 @@ def attend(
             call, shared, q_nope, q_rope, request, first_row, is_zero,
             nope_stride_b, nope_stride_s, nope_stride_h,
             rope_stride_b, rope_stride_s, rope_stride_h, VALUE // CHUNK, TAIL, GROUPS,
+            WARPS,
         )  # fmt: skip
         if GROUPS == 0:
             factor = factor * (unit * scale_log2)
+            rope_factor = factor * rope_ratio
 
         accumulators = ()
         for _ in gl.static_range(VALUE // WIDTH):
@@ -349,33 +356,32 @@ def attend(
             # Zero, but not to the compiler: it would keep a descriptor for every step of a product.
             zero = block >> 31
             if GROUPS > 0:
-                key_scales = load_scales(shared, slot, end_key - block, block_keys)
+                key_scales = load_scales(shared, slot, end_key - block, block_keys, WARPS)
                 others, scores = multiply_grouped_keys(
-                    shared, step, slot, zero, key_scales, factor, ROWS, GROUPS, PRODUCT
+                    shared, step, slot, zero, key_scales, factor, ROWS, GROUPS, WARPS, PRODUCT
                 )
             else:
                 if block + KEYS > end_key:
-                    clear_past(shared, slot, end_key - block, VALUE)
-                if ROWS > 32:
-                    scores = multiply_key_halves(
-                        shared, step, slot, zero, rope_ratio, ROWS, VALUE, TAIL, PRODUCT
-                    )
-                else:
-                    scores = multiply_keys(
-                        shared, step, slot, zero, rope_ratio, ROWS, VALUE, TAIL, PRODUCT
-                    )
+                    clear_past(shared, slot, end_key - block, VALUE, WARPS)
+                scores, rope_scores = multiply_keys(
+                    shared, slot, zero, ROWS, VALUE, TAIL, WARPS, ROWS // WARPS >= 8, PRODUCT
+                )
             # What does not need the weights is made ready before they are waited for.
             ready = ()
             for turn in gl.static_range(READY):
+                values = load_values(shared, slot, turn, STEP, GROUPS, WARPS)
                 ready += (  # type: ignore
-                    value_operand(shared, slot, turn, STEP, GROUPS, PRODUCT),
+                    as_value_operand(values, STEP, GROUPS, WARPS, PRODUCT),
                 )
-            scores = warpgroup_mma_wait(0, deps=(scores,))
             if GROUPS > 0:
+                scores = warpgroup_mma_wait(0, deps=(scores,))
                 scores = others + scores * gl.expand_dims(key_scales[GROUPS - 1] * factor, 1)
                 scores *= scale_log2
+            elif TAIL > 0:
+                scores, rope_scores = warpgroup_mma_wait(0, deps=(scores, rope_scores))
+                scores = scores * factor + rope_scores * rope_factor
             else:
-                scores *= factor
+                scores = warpgroup_mma_wait(0, deps=(scores,)) * factor
             if block + KEYS > seen_end:
                 key = gl.expand_dims(block + block_keys, 1)
                 hidden = key >= end_key
@@ -383,25 +389,36 @@ def attend(
                     visible_end = before_queries + (first_row + tile_rows) // call.heads
                     hidden = hidden | (key >= gl.expand_dims(visible_end, 0))
                 scores = gl.where(hidden, float("-inf"), scores)
-            new_max = gl.maximum(running_max, gl.max(scores, 0))
-            rescale = gl.exp2(running_max - new_max)
-            weights = gl.exp2(scores - gl.expand_dims(new_max, 0))
-            running_max = new_max
-            sums = sums * as_factor(rescale, SUMS) + sums_of_thread(weights)
+            block_max = largest_of_block(scores, shared.exchange, WARPS)
+            # Row by row: what else is in its tile changes no bit of a row.
+            excess = block_max - running_max
+            slack: gl.constexpr = 0.0 if GROUPS > 0 else SLACK
+            if gl.max(excess, 0) > slack:
+                new_max = gl.where(excess > slack, block_max, running_max)
+                rescale = gl.exp2(running_max - new_max)
+                running_max = new_max
+                sums *= as_factor(rescale, SUMS)
+                accumulators = rescaled(accumulators, rescale)
+            weights = gl.exp2(scores - gl.expand_dims(running_max, 0))
+            sums += sums_of_thread(weights)
             if GROUPS > 0:
                 store_scaled_weights(shared, weights, key_scales, WEIGHTS)
             else:
                 shared.weights.index(0).store(weights.to(gl.float16))
+            following = load_values(shared, slot, READY, STEP, GROUPS, WARPS)
             fence_async_shared()
             sync_threads()
             results = ()
             for place in gl.static_range(VALUE // WIDTH):
-                accumulator = accumulators[place] * gl.expand_dims(rescale, 0)
+                accumulator = accumulators[place]  # type: ignore
                 for turn in gl.static_range(place * TURNS, (place + 1) * TURNS):
                     if turn < READY:
-                        values = ready[turn]  # type: ignore
+                        values = ready[turn]
                     else:
-                        values = value_operand(shared, slot, turn, STEP, GROUPS, PRODUCT)
+                        loaded = following
+                        if turn + 1 < VALUE // WIDTH * TURNS:
+                            following = load_values(shared, slot, turn + 1, STEP, GROUPS, WARPS)
+                        values = as_value_operand(loaded, STEP, GROUPS, WARPS, PRODUCT)
                     own = shared.weights.index(zero + place if GROUPS > 0 else zero)
                     part = own.slice(turn % TURNS * STEP, STEP, dim=0)
                     accumulator = warpgroup_mma(values, part, accumulator, is_async=True)
@@ -415,7 +432,8 @@ def attend(
         s_q = call.tokens(request)[1]
         count = s_q * call.heads - first_row
         slot_row = partial_row(call, begin_key == 0)
-        running_sum = gl.convert_layout(gl.sum(gl.sum(sums, 1), 0), BY_ROW)
+        running_sum = gl.sum(of_all_warps(gl.sum(sums, 1), shared.exchange), 0)
+        running_sum = gl.convert_layout(running_sum, BY_ROW, assert_trivial=True)
         empty = running_sum == 0.0
         total = gl.where(empty, 1.0, running_sum)
         inverse = (1.0 if GROUPS > 0 else latent_scale) / total
@@ -424,7 +442,7 @@ def attend(
             if GROUPS > 0:
                 result = group_as_rows_of_output(accumulators[place] * inverse, ROWS)
             else:
-                result = as_rows_of_output(accumulators[place] * inverse, ROWS)
+                result = as_rows_of_output(accumulators[place] * inverse, ROWS, WARPS)
             if whole:
                 store_rows(
                     call, result, out, request, first_row, out_stride_b, out_stride_s,
