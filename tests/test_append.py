@@ -89,6 +89,29 @@ def test_strange_numbers_are_stored_alike(form, device):
         assert got.differs(expected) == 0
 
 
+@pytest.mark.parametrize("power_of_two", [True, False])
+@pytest.mark.parametrize("form", ["fp8_ds_mla", "fp8_v4", "fp8_v41"])
+def test_scales_at_every_power_of_two(form, power_of_two, device):
+    """448 * 2^k, where the next one begins, and its neighbours; groups without a finite number."""
+    exact = 448 * 2.0 ** torch.arange(-158, 120, dtype=torch.float64)
+    powers = exact.float()
+    near = [torch.nextafter(powers, torch.tensor(end)) for end in (INF, 0.0)]
+    largest = torch.cat([powers, *near, torch.tensor([NAN, INF])])
+    latent = 512 if form == "fp8_ds_mla" else 448
+    groups = latent // {"fp8_ds_mla": 128, "fp8_v4": 64, "fp8_v41": 32}[form]
+    largest = torch.cat([largest, largest.new_ones(-len(largest) % groups)]).view(-1, groups)
+    inputs = append_inputs(
+        form=form, latent=latent, dtype=torch.float32, tokens=len(largest),
+        pages=1 + len(largest) // 16, power_of_two=power_of_two, device=device,
+    )  # fmt: skip
+    share = torch.linspace(-1, 1, latent // groups)
+    values = largest[..., None] * torch.where(share.abs() < 1, share / 2, share)
+    inputs.latent.copy_(values.flatten(1))
+    got, expected = (LatentCache(*made.cache) for made in (append(inputs), inputs.expected()))
+    assert torch.equal(got.scales.view(torch.uint8), expected.scales.view(torch.uint8))
+    assert torch.equal(got.ckv.view(torch.uint8), expected.ckv.view(torch.uint8))
+
+
 def test_what_has_the_caches_dtype_is_kept_bit_for_bit(device):
     every = torch.arange(-(2**15), 2**15, device=device).to(torch.int16).view(-1, 512)
     cache = torch.zeros(1, 128, 512, dtype=torch.bfloat16, device=device)

@@ -62,17 +62,27 @@ def decode_e4m3(code, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def largest_finite(grouped):
+    """Largest finite magnitude `[ROWS, GROUPS]` of columns `[ROWS, GROUPS, GROUP]`; 0 or NaN where
+    there is none."""
+    # Infinity times 0 is NaN, which a maximum leaves out.
+    return tl.max(tl.abs(tl.fma(grouped, tl.zeros_like(grouped), grouped)), 2)
+
+
+@triton.jit
 def group_scales(grouped, POWER_OF_TWO: tl.constexpr):
-    """float32 scales `[ROWS, GROUPS]` of columns `[ROWS, GROUPS, GROUP]`."""
-    magnitude = tl.abs(grouped)
-    # Neither NaN nor infinity is below infinity.
-    largest = tl.max(tl.where(magnitude < float("inf"), magnitude, 0.0), 2)
-    scales = tl.maximum(tl.div_rn(largest, tl.full(largest.shape, E4M3_MAX, tl.float32)),
-                        SMALLEST_SCALE)  # fmt: skip
+    """(scales, their reciprocals), float32 `[ROWS, GROUPS]`, of columns `[ROWS, GROUPS, GROUP]`."""
+    largest = largest_finite(grouped)
     if POWER_OF_TWO:
-        bits = scales.to(tl.uint32, bitcast=True)
-        scales = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-    return tl.where(largest == 0.0, 1.0, scales)
+        # 448 is 1.75 * 2**8: without a division, whose way for zeros is a long one.
+        bits = (largest.to(tl.uint32, bitcast=True) + 0x1FFFFF) & 0x7F800000
+        bits = tl.maximum(bits, (1 + 8) << 23) - (8 << 23)
+        bits = tl.where(largest > 0.0, bits, 127 << 23)
+        return bits.to(tl.float32, bitcast=True), (0x7F000000 - bits).to(tl.float32, bitcast=True)
+    else:
+        scales = tl.div_rn(largest, tl.full(largest.shape, E4M3_MAX, tl.float32))
+        scales = tl.where(largest > 0.0, tl.maximum(scales, SMALLEST_SCALE), 1.0)
+        return scales, reciprocal(scales)
 
 
 @triton.jit

@@ -69,7 +69,7 @@ def choose(
         return Config(8, 1), "the interpreter has neither warps nor registers"
     refused = []
     # Elements of misaligned rows have an address each: of several rows, too many for a thread.
-    rows = 1 if problem.few or not problem.aligned else 4
+    rows = 1 if problem.few or not problem.aligned else 2
     for wanted, warps in ((rows, 1), (1, 1), (1, 2), (1, 4)):
         config = Config(wanted, warps)
         valid, rule = is_valid(config, problem, device)

@@ -5,11 +5,11 @@ numbers; where asked for, the latent through an RMSNorm and the key through a ro
 float32, with no rounding in between. Where: NVIDIA from capability 8.0 on, AMD CDNA3 and later,
 Triton's interpreter. A slot that is negative, or behind the cache's last, is not written.
 
-Work: a program takes some whole tokens: all loads first, then arithmetic, then stores, each in
-accesses of 16 bytes a thread where rows are aligned. A warp alone, so that sums and maxima over a
-row's columns stay within it. Every element is read once and written once: many tokens are bound by
-memory, few by the way from a slot's number to its address, which the loads of the row do not wait
-for.
+Work: a program takes some whole tokens: all loads first, those of angles behind the rest, because
+they wait for positions; then keys, whose angles come last, and latents; each in accesses of 16
+bytes a thread where rows are aligned. A warp alone, so that sums and maxima over a row's columns
+stay within it. Every element is read once and written once: many tokens are bound by memory, few by
+the way from a slot's number to its address, which the loads of the row do not wait for.
 
 Budget: no shared memory but for what the compiler exchanges between layouts; the columns of `rows`
 tokens in registers.
@@ -145,8 +145,8 @@ def store_columns(
     else:
         GROUPS: tl.constexpr = COLUMNS // GROUP
         grouped = tl.reshape(values.to(tl.float32), (ROWS, GROUPS, GROUP))
-        made = group_scales(grouped, POWER_OF_TWO)
-        scaled = tl.reshape(grouped * reciprocal(made)[:, :, None], (ROWS, COLUMNS))
+        made, inverse = group_scales(grouped, POWER_OF_TWO)
+        scaled = tl.reshape(grouped * inverse[:, :, None], (ROWS, COLUMNS))
         tl.store(pointers, encode_e4m3(scaled, NATIVE), mask=is_column)
         group = tl.arange(0, GROUPS)
         if scales.dtype.element_ty == tl.uint8:
@@ -202,6 +202,8 @@ def append_kernel(
             )
         if ROTATION != "none":
             position = tl.load(positions + token, mask=is_token, other=0).to(tl.int64)
+            # Or the compiler has everything wait for the positions, before it loads latents.
+            tl.debug_barrier()
             position = tl.minimum(tl.maximum(position, 0), max_positions - 1)
             angles = row_pointers(cos_sin, position, cos_sin_row, ALIGNED)
             angles = angles[:, None] + pair[None, :]
@@ -214,12 +216,6 @@ def append_kernel(
     place = slot % PAGE_SIZE
     latent_rows = slot_pointers(latents, page, place, latents_page, LATENTS_STEP, ALIGNED)
     scale_place = page * scales_page + place * SCALES_STEP
-    if NORM:
-        values = normalised(values, weight, norm_eps, LATENT)
-    store_columns(
-        values, latent_rows, scales, scale_place, is_written, 0, LATENT, COLUMNS, ROWS,
-        GROUP, SCALING, 0, POWER_OF_TWO, NATIVE, EMULATE_BF16,
-    )  # fmt: skip
     if ROPE > 0:
         rows = slot_pointers(keys, page, place, keys_page, KEYS_STEP, ALIGNED)
         if ROTATION == "interleaved":
@@ -242,6 +238,12 @@ def append_kernel(
                 key, rows, key_scales, scale_place, is_written, 0, ROPE, 2 * HALF, ROWS,
                 GROUP, KEY_SCALING, 1, POWER_OF_TWO, NATIVE, EMULATE_BF16,
             )  # fmt: skip
+    if NORM:
+        values = normalised(values, weight, norm_eps, LATENT)
+    store_columns(
+        values, latent_rows, scales, scale_place, is_written, 0, LATENT, COLUMNS, ROWS,
+        GROUP, SCALING, 0, POWER_OF_TWO, NATIVE, EMULATE_BF16,
+    )  # fmt: skip
 
 
 def variant(problem: AppendProblem, config: Config, device: Device) -> Variant:
