@@ -164,27 +164,30 @@ def largest_of_block(scores, exchange, WARPS: gl.constexpr):
 # -- queries
 
 
+@gluon.constexpr_function
+def query_lines(width, warps):
+    """A layout of `[queries, columns]` whose threads have 16 bytes side by side."""
+    across = width // 8
+    return gl.BlockedLayout([1, 8], [32 // across, across], [warps, 1], [1, 0])
+
+
 @gluon.jit
 def load_columns(source, rows, COLUMN: gl.constexpr, WIDTH: gl.constexpr, WARPS: gl.constexpr):
-    """float32 columns of the rows of a tile, from where the offsets are."""
-    ACROSS: gl.constexpr = WIDTH // 8
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [WARPS, 1], [1, 0])
-    columns = COLUMN + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
-    offsets = gl.convert_layout(rows, gl.SliceLayout(1, LAYOUT))
-    addresses = source + gl.expand_dims(offsets, 1) + gl.expand_dims(columns, 0)
-    return gl.load(addresses).to(gl.float32)
+    """Columns of the rows of a tile, from where the offsets are."""
+    columns = COLUMN + gl.arange(0, WIDTH, gl.SliceLayout(0, query_lines(WIDTH, WARPS)))
+    return gl.load(source + gl.expand_dims(rows, 1) + gl.expand_dims(columns, 0))
 
 
 @gluon.jit
-def largest(values):
-    """Of each row, in a layout of rows that all columns' widths share."""
-    return gl.max(gl.abs(values), 1)
+def magnitude(values):
+    return gl.abs(values.to(gl.float32))
 
 
 @gluon.jit
 def store_queries(values, factor, target, WIDTH: gl.constexpr):
     """Queries times a factor, in float16 and in the order of the product."""
-    target.store(in_product_order((values * factor).to(gl.float16), WIDTH))
+    values = values.to(gl.float32) * factor
+    target.store(in_product_order(values.to(gl.float16), WIDTH))
 
 
 @gluon.jit
@@ -201,21 +204,28 @@ def prepare_queries(
     stays what it is: its keys have no scale, nor its products the factor.
     """
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    tile_rows = gl.arange(0, call.ROWS, FLAT)
+    LINES: gl.constexpr = query_lines(CHUNK, WARPS)
     rows = row_offsets(
-        call, request, first_row, tile_rows, nope_stride_b, nope_stride_s, nope_stride_h
-    )
-    peak = gl.zeros([call.ROWS], gl.float32, FLAT)
+        call, request, first_row, gl.arange(0, call.ROWS, gl.SliceLayout(1, LINES)),
+        nope_stride_b, nope_stride_s, nope_stride_h,
+    )  # fmt: skip
+    # All that is loaded is on its way before the first of it is waited for.
+    chunks = ()
     for chunk in gl.static_range(CHUNKS):
-        values = load_columns(q_nope, rows, chunk * CHUNK, CHUNK, WARPS)
-        peak = gl.maximum(peak, gl.convert_layout(largest(values), FLAT))
+        chunks += (load_columns(q_nope, rows, chunk * CHUNK, CHUNK, WARPS),)  # type: ignore
     if TAIL > 0:
+        ROPE_LINES: gl.constexpr = query_lines(TAIL, WARPS)
         rope_rows = row_offsets(
-            call, request, first_row, tile_rows, rope_stride_b, rope_stride_s, rope_stride_h
-        )
-        rope_values = load_columns(q_rope, rope_rows, 0, TAIL, WARPS)
-        if GROUPS == 0:
-            peak = gl.maximum(peak, gl.convert_layout(largest(rope_values), FLAT))
+            call, request, first_row, gl.arange(0, call.ROWS, gl.SliceLayout(1, ROPE_LINES)),
+            rope_stride_b, rope_stride_s, rope_stride_h,
+        )  # fmt: skip
+        rope = load_columns(q_rope, rope_rows, 0, TAIL, WARPS)
+    largest = magnitude(chunks[0])  # type: ignore
+    for chunk in gl.static_range(1, CHUNKS):
+        largest = gl.maximum(largest, magnitude(chunks[chunk]))  # type: ignore
+    peak = gl.convert_layout(gl.max(largest, 1), FLAT)
+    if TAIL > 0 and GROUPS == 0:
+        peak = gl.maximum(peak, gl.convert_layout(gl.max(magnitude(rope), 1), FLAT))
     # Of 2^e <= peak < 2^(e + 1), from the bits: the power that brings it to 2^TOP_EXPONENT. Not of
     # what is so small that the power would be infinite, nor of what is infinite itself.
     exponent = (peak.to(gl.int32, bitcast=True) >> 23) & 0xFF
@@ -224,14 +234,14 @@ def prepare_queries(
     factor = ((254 + TOP_EXPONENT - exponent) << 23).to(gl.float32, bitcast=True)
     inverse = (exponent - TOP_EXPONENT << 23).to(gl.float32, bitcast=True)
     for chunk in gl.static_range(CHUNKS):
-        values = load_columns(q_nope, rows, chunk * CHUNK, CHUNK, WARPS)
+        values = chunks[chunk]  # type: ignore
         if is_zero:
             values = gl.zeros_like(values)
         store_queries(values, factor, shared.query.index(chunk), CHUNK)
     if GROUPS > 0:
-        shared.query_rope.index(0).store(rope_values.to(q_rope.dtype.element_ty))
+        shared.query_rope.index(0).store(rope)
     elif TAIL > 0:
-        store_queries(rope_values, factor, shared.query_rope.index(0), TAIL)
+        store_queries(rope, factor, shared.query_rope.index(0), TAIL)
     fence_async_shared()
     sync_threads()
     return inverse
