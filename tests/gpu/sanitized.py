@@ -86,8 +86,11 @@ QUANTISED: tuple[dict[str, Any], ...] = (
     {"heads": 64, "dtype": torch.bfloat16, "stored": "fp8_groups"},
     {"heads": 16, "dtype": torch.bfloat16, "stored": "fp8", "batch_invariant": True},
     {"heads": 16, "dtype": torch.bfloat16, "stored": "fp8_ds_mla", "parts": 9},
+    {"heads": 16, "dtype": torch.bfloat16, "stored": "fp8", "kv_lens": (300, 0, 65) * 3},
+    {"heads": 16, "dtype": torch.bfloat16, "stored": "fp8_ds_mla", "kv_lens": (300, 0, 65) * 3},
 )
-"""Of tiles of 16, 32 and 64 rows each, for the Hopper kernel of e4m3 numbers; it has one form."""
+"""For the Hopper kernel of e4m3 numbers: tiles of 16 and 32 rows, of programs that have an SM and of
+those that share one, which have more than eight tiles."""
 
 MERGES: tuple[dict[str, Any], ...] = (
     {"dtype": torch.bfloat16},

@@ -29,8 +29,10 @@ from mla_triton.testing import assert_within_budget, untouched_padding
 from mla_triton.testing import plan_of as formatted_plan
 from mla_triton.testing.problems import DecodeInputs
 
-SKEWED = (5000, 0, 1, 63, 64, 65, 700, 2048)
-RAGGED = (3, 2, 0, 70, 1, 64, 0, 9)
+SKEWED = (5000, 0, 1, 63, 64, 65, 700, 2048, 300)
+RAGGED = (3, 2, 0, 70, 1, 64, 0, 9, 4)
+FEW = 3
+"""Requests to which the Hopper kernel gives whole SMs; all of `SKEWED` share them."""
 WAYS = (Way("portable"), Way("sm90"))
 HOPPER_FORMS = ("fp8 fused", "fp8 pair", "fp8 without rope", "groups", "656")
 """Forms that the Hopper kernel reads."""
@@ -76,7 +78,8 @@ def test_every_byte_becomes_its_number():
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_heads_and_query_tokens(way, form, s_q, heads):
     for count in heads:
-        judge(made(form, heads=count, s_q=s_q, seed=count), way)
+        for kv_lens in (SKEWED, SKEWED[:FEW]):
+            judge(made(form, kv_lens=kv_lens, heads=count, s_q=s_q, seed=count), way)
 
 
 @pytest.mark.parametrize(("form", "dtype"), [p for p in FORMS_BY_DTYPE if p[1] != BF16], ids=str)
@@ -101,6 +104,9 @@ def test_float16(way, form, dtype):
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_ways_to_call(way, form, changes):
     judge(made(form, **changes), way)
+    few = {"kv_lens": SKEWED[:FEW]}
+    few |= {"q_lens": RAGGED[:FEW]} if "q_lens" in changes else {}
+    judge(made(form, **(changes | few)), way)
     if "q_lens" not in changes:
         judge(made(form, kv_lens=[(37 * i) % 400 for i in range(200)], **changes), way)
 
@@ -111,6 +117,8 @@ def test_ways_to_call(way, form, changes):
 def test_every_number_of_heads_and_size_of_page(way, form, page_size):
     for heads in ALL_HEADS:
         judge(made(form, heads=heads, page_size=page_size, seed=heads), way)
+        few = {"kv_lens": SKEWED[-FEW:], "seed": heads}
+        judge(made(form, heads=heads, page_size=page_size, **few), way)
     for shape in (
         {"heads": 16, "s_q": 4},
         {"heads": 40, "s_q": 3, "causal": False},
@@ -145,7 +153,8 @@ def test_misaligned_rows(form):
 @pytest.mark.parametrize("form", ALL_SCALED)
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_hostile_logits(way, form, logits):
-    judge(made(form, logits=logits), way)
+    for kv_lens in (SKEWED, SKEWED[:FEW]):
+        judge(made(form, kv_lens=kv_lens, logits=logits), way)
 
 
 @pytest.mark.parametrize("form", ALL_SCALED)
@@ -240,7 +249,8 @@ def test_graph_with_new_lengths(way, form, planned):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    for kv_lens in (SKEWED, (1, 0, 0, 63, 60, 1, 700, 2000), (4999, 0, 1, 2, 3, 4, 5, 6), [0] * 8):
+    others = (1, 0, 0, 63, 60, 1, 700, 2000, 299), (4999, 0, 1, 2, 3, 4, 5, 6, 0), [0] * len(SKEWED)
+    for kv_lens in (SKEWED, *others):
         inputs.kv_lens.copy_(torch.tensor(kv_lens, dtype=torch.int32))
         for tensor in buffers.values():
             tensor.fill_(float("nan"))

@@ -163,10 +163,12 @@ def test_memory_does_not_grow():
 
 @pytest.mark.parametrize("stored", ["16bit", "fp8", "fp8_ds_mla"])
 @pytest.mark.parametrize("heads", [16, 32, 128])
-def test_a_hundred_thousand_replays_of_short_calls(heads, stored):
+@pytest.mark.parametrize("others", [0, 8])
+def test_a_hundred_thousand_replays_of_short_calls(others, heads, stored):
     """By one plan, so that nothing but attention and merges follow each other, without a pause;
-    most programs of each find no key of the one request."""
-    inputs = decode_inputs(kv_lens=[512], heads=heads, stored=stored, device="cuda")
+    most programs of each find no key of the one request that has any."""
+    kv_lens = [512, *[0] * others]
+    inputs = decode_inputs(kv_lens=kv_lens, heads=heads, stored=stored, device="cuda")
     arguments, options = inputs.call_arguments()
     buffers, plan = inputs.output_buffers(), plan_of(inputs)
     graph = timing.capture(
