@@ -22,12 +22,13 @@ from mla_triton.kernels.sm90 import decode_config as sm90_config
 from mla_triton.ops import decode as operation
 from mla_triton.ops.plan import buffers, cut, known_cut
 from mla_triton.plan import ENOUGH_PARTS, MAX_RAGGED_LANES, Geometry, cdiv, fitted
-from mla_triton.problem import DecodeProblem
+from mla_triton.problem import DecodeProblem, Storage
 from mla_triton.testing import compilation
 from mla_triton.testing.problems import DecodeInputs, decode_inputs
 
 HOPPER = devices.from_label("9.0")
 PLAIN = compilation.problem(heads=128)
+ONE_SCALE = Storage(None, 0, torch.float32, 0)
 SMALL = {"latent": 128, "rope": 32}
 """Widths that are soon interpreted."""
 
@@ -103,7 +104,7 @@ def test_row_tiles_fit_where_there_is_a_config():
     assert [rows for rows in (16, 32, 64) if decode_config.fits(rows, single, HOPPER)] == [16]
 
 
-@pytest.mark.parametrize("changes", [{"kv_tile": 128}, {"row_tile": 48}, {"row_tile": 128}])
+@pytest.mark.parametrize("changes", [{"kv_tile": 256}, {"row_tile": 48}, {"row_tile": 128}])
 def test_of_a_plan_that_cannot_be_followed_the_parts_alone_are_taken(changes):
     own = decode_config.geometry(PLAIN, HOPPER)
     like = replace(own, parts=5, **changes)
@@ -118,13 +119,16 @@ def test_portable_follows_the_hopper_kernels_plans(width, page_size, aligned):
     value, rope = width
     for heads in (17, 64, 128):
         for dtype in (torch.float16, torch.bfloat16):
-            problem = replace(
+            many = replace(
                 compilation.problem(dtype, heads, page_size, (value, rope, value)), aligned=aligned
             )
-            like = sm90_config.geometry(problem.as_planned(), HOPPER)
-            assert decode_config.geometry(problem, HOPPER, like=like) == like
-            config, _ = decode_config.choose(problem, HOPPER, like.row_tile)
-            assert decode_config.is_valid(config, problem, HOPPER, like.row_tile)[0]
+            few = replace(many, batch=1, queries=1)
+            for problem, storage in ((many, None), (many, ONE_SCALE), (few, ONE_SCALE)):
+                planned = replace(problem.as_planned(), storage=storage)
+                like = sm90_config.geometry(planned, HOPPER)
+                assert decode_config.geometry(problem, HOPPER, like=like) == like
+                config, _ = decode_config.choose(problem, HOPPER, like.row_tile)
+                assert decode_config.is_valid(config, problem, HOPPER, like.row_tile)[0]
 
 
 # -- what a plan knows of a problem
@@ -285,8 +289,15 @@ def test_a_plan_of_another_format_is_followed(recipe):
 # -- results, as far as the interpreter has them
 
 
-def cut_like_hopper(inputs: DecodeInputs, parts: int, **more: Any) -> mla_triton.Plan:
-    """A plan as it is cut on a Hopper card: tiles of 64 keys and 64 rows."""
+def cut_like_hopper(
+    inputs: DecodeInputs,
+    parts: int,
+    tile: tuple[int, int] = (64, 64),
+    storage: Storage | None = None,
+    **more: Any,
+) -> mla_triton.Plan:
+    """A plan as it is cut on a Hopper card, for a cache of 16-bit keys or another: tiles of so many
+    keys and rows."""
     q_nope = inputs.q_nope
     usual = mla_triton.plan(
         inputs.kv_lens,
@@ -296,8 +307,8 @@ def cut_like_hopper(inputs: DecodeInputs, parts: int, **more: Any) -> mla_triton
         dtype=q_nope.dtype,
         **more,
     )
-    geometry = sm90_config.geometry(usual.problem, HOPPER, parts)
-    assert (geometry.kv_tile, geometry.row_tile) == (64, 64)
+    geometry = sm90_config.geometry(replace(usual.problem, storage=storage), HOPPER, parts)
+    assert (geometry.kv_tile, geometry.row_tile) == tile
     made = mla_triton.Plan(
         usual.problem, geometry, *buffers(usual.problem, geometry, q_nope.device)
     )
@@ -330,6 +341,14 @@ def test_portable_over_a_plan_for_hopper(recipe, parts):
     """Also with the caches that the Hopper kernel does not take."""
     inputs = decode_inputs(kv_lens=[330, 0, 97, 64, 1, 129], **SMALL, **recipe)
     check(inputs, cut_like_hopper(inputs, parts, s_q=recipe.get("s_q", 1)))
+
+
+@pytest.mark.parametrize("parts", [1, 3, 9])
+@pytest.mark.parametrize(("heads", "rows"), [(5, 16), (20, 32)])
+def test_portable_over_a_plan_for_few_requests_of_e4m3_keys(heads, rows, parts):
+    """Which have SMs to themselves, and so tiles of twice as many keys."""
+    inputs = decode_inputs(kv_lens=[330, 0, 97, 700], heads=heads, **SMALL)
+    check(inputs, cut_like_hopper(inputs, parts, (128, rows), ONE_SCALE))
 
 
 @pytest.mark.parametrize("parts", [1, 5])

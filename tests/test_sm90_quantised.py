@@ -118,6 +118,27 @@ def test_a_program_is_of_two_warpgroups_where_a_plan_has_one_for_each_sm():
         assert decode.variant(given, Config(1), fixed, CARD).num_warps == 4
 
 
+@pytest.mark.parametrize(
+    ("heads", "batch", "tile", "programs"),
+    [
+        (16, 8, 128, 132),
+        (16, 9, 64, 264),
+        (128, 2, 128, 132),
+        (128, 3, 64, 264),
+    ],
+)
+def test_few_requests_have_sms_to_themselves(heads, batch, tile, programs):
+    """And blocks of 128 keys, so that no piece has half of one; but where a result must not depend
+    on how many there are."""
+    given = problem(heads, batch=batch, queries=batch)
+    made = decode.geometry(given, CARD)
+    assert (made.kv_tile, made.lanes * made.parts) == (tile, programs)
+    assert variant(given).num_warps == tile // 16
+    fixed = replace(given, fixed_pieces=3)
+    assert decode.geometry(fixed, CARD).kv_tile == 64
+    assert variant(fixed).num_warps == 4
+
+
 def test_little_spills(compiled):
     for name, answer in compiled.items():
         assert answer.spilled <= SPILLED.get(name, FEW_BYTES), name

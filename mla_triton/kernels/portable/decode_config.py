@@ -22,7 +22,7 @@ NAME = "portable"
 KV_TILE = 32
 """Keys of a schedule tile. Any `block_n` works with it: what a piece has before and behind its
 whole blocks is taken in steps of as many keys."""
-KV_TILES = (32, 64)
+KV_TILES = (32, 64, 128)
 """Tiles of plans that were made for another implementation, and serve this one, too."""
 ROW_TILES = (16, 32, 64)
 OVERHEAD = 4
