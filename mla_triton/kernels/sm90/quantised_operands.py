@@ -222,7 +222,7 @@ def prepare_queries(
         rope = load_columns(q_rope, rope_rows, 0, TAIL, WARPS)
     largest = magnitude(chunks[0])  # type: ignore
     for chunk in gl.static_range(1, CHUNKS):
-        largest = gl.maximum(largest, magnitude(chunks[chunk]))  # type: ignore
+        largest = gl.maximum(largest, magnitude(chunks[chunk]))
     peak = gl.convert_layout(gl.max(largest, 1), FLAT)
     if TAIL > 0 and GROUPS == 0:
         peak = gl.maximum(peak, gl.convert_layout(gl.max(magnitude(rope), 1), FLAT))
