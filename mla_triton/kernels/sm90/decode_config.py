@@ -20,8 +20,8 @@ NAME = "sm90"
 ROW_TILE = 64
 """What one warpgroup multiplies at once."""
 BLOCK = 64
-"""Keys of a block of a warpgroup, or of two that share one of 16-bit keys; and of a schedule tile,
-but for two that share one of e4m3 keys."""
+"""Keys of a block, and of a schedule tile. Two warpgroups that take e4m3 keys together have twice
+as many in both."""
 OVERHEAD = 5
 """Cost of beginning a group (its queries, its first load, its result), in blocks."""
 QUANTISED_ROW_TILES = (16, 32, 64)
