@@ -25,13 +25,14 @@ from mla_triton import AttentionState, LatentCache, timing
 from mla_triton.cache import FP8_DS_MLA
 from mla_triton.cache.formats import E4M3
 from mla_triton.cache.quantise import pack, quantise
-from mla_triton.testing import DecodeInputs, compare, decode_budget
+from mla_triton.testing import DecodeInputs, compare, decode_budget, plan_of
 
 PROTOCOL = (
     "bfloat16 queries, N(0,1) keys, pages of 64 of a request scattered at random; a CUDA graph of "
     "calls, each on a cache of its own, 200 MB or more together, replayed; median of event-timed "
-    "replays over the calls; the schedule of every call inside; ratios are the time of the same "
-    "call over a bfloat16 cache, measured just before, to that of the quantised one"
+    "replays over the calls; the schedule of every call inside, but in planned cells, whose calls "
+    "share a plan made beforehand; ratios are the time of the same call over a bfloat16 cache, "
+    "measured just before, to that of the quantised one"
 )
 SCALES = (0.0117, 0.0113)
 """Of latents and rotary keys with one each: N(0,1) reaches 5.2."""
@@ -45,10 +46,12 @@ class Cell:
     kv_len: int
     batch: int
     heads: int
+    planned: bool = False
+    """Whether calls share a plan that is made beforehand."""
 
     @property
     def name(self) -> str:
-        return f"s{self.kv_len}-b{self.batch}-h{self.heads}"
+        return f"s{self.kv_len}-b{self.batch}-h{self.heads}" + "-planned" * self.planned
 
     @property
     def pages(self) -> int:
@@ -58,6 +61,8 @@ class Cell:
 CELLS = (
     *(Cell(kv_len, 128, heads) for kv_len in (16384, 4096) for heads in (16, 32, 64, 128)),
     *(Cell(16384, batch, heads) for batch in (16, 1) for heads in (16, 128)),
+    *(Cell(kv_len, 1, heads, planned=True) for kv_len in (2048, 16384) for heads in (16, 128)),
+    Cell(16384, 4, 16, planned=True),
 )
 FORMS = ("fp8", "fp8_ds_mla")
 IMPLEMENTATIONS = (None, "portable")
@@ -129,8 +134,9 @@ def make_calls(
     buffers = inputs[0].output_buffers()
     calls = {}
     for impl in IMPLEMENTATIONS:
+        plan = plan_of(inputs[0], impl) if cell.planned else None
         calls[impl] = [
-            partial(mla_triton.decode, *arguments, **options, **buffers, impl=impl)
+            partial(mla_triton.decode, *arguments, **options, **buffers, impl=impl, plan=plan)
             for arguments, options in (one.call_arguments() for one in inputs)
         ]
     return inputs[0], calls

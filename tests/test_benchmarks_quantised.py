@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,22 @@ def test_results_are_judged_before_they_are_timed(monkeypatch):
     for row in quantised.measure_cell(SMALL, CPU):
         assert not row["check"]["ok"]
         assert "us" not in row
+
+
+def test_calls_of_planned_cells_share_a_plan():
+    """Of the cache's format and the implementation: such a call would have cut alike."""
+    cell = replace(SMALL, planned=True)
+    assert cell.name == "s128-b2-h16-planned"
+    for form in ("16bit", *quantised.FORMS):
+        inputs, calls = quantised.make_calls(cell, form, CPU)
+        for own in calls.values():
+            first, *others = (call.keywords["plan"] for call in own)
+            assert all(plan is first for plan in others)
+            planned = own[0]()
+            report = quantised.judged(inputs, AttentionState(planned.out, planned.lse))
+            assert report["ok"], report
+    _, calls = quantised.make_calls(SMALL, "fp8", CPU)
+    assert {call.keywords["plan"] for own in calls.values() for call in own} == {None}
 
 
 def test_lines_say_what_is_met():
