@@ -29,7 +29,10 @@ DECODES = {
     "decode, pairs, without rotary keys": (WITHOUT_ROPE, 2),
     "decode, gathered": (test_sm90.PROBLEMS["pages of 1"], 1),
 }
-QUANTISED = ("16 rows", "32 rows", "32 rows, a whole SM", "without rotary keys", "groups")
+QUANTISED = (
+    "16 rows", "32 rows", "32 rows, a whole SM", "64 rows", "without rotary keys", "groups",
+    "groups, 64 rows",
+)  # fmt: skip
 PREFILLS = ("192/128", "full", "queries in two")
 
 

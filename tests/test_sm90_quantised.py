@@ -14,7 +14,7 @@ from mla_triton.cache import named
 from mla_triton.cache.formats import E4M3
 from mla_triton.kernels.common.launch import Variant, View
 from mla_triton.kernels.common.tensors import DecodeTensors
-from mla_triton.kernels.sm90 import decode, decode_config, quantised_groups
+from mla_triton.kernels.sm90 import decode, decode_config, quantised, quantised_groups
 from mla_triton.kernels.sm90.decode import Config
 from mla_triton.plan import Geometry
 from mla_triton.problem import DecodeProblem, Storage
@@ -43,31 +43,38 @@ def grouped(heads: int = 16, page_size: int = 64, **changes: object) -> DecodePr
 PROBLEMS = {
     "16 rows": problem(),
     "32 rows": problem(32),
-    "two programs side by side": problem(64),
+    "64 rows": problem(64),
     "float16": problem(dtype=torch.float16),
     "causal": problem(8, s_q=2, queries=128, causal=True),
     "ragged": problem(s_q=None, causal=True, csr=True),
     "pages of 16": problem(page_size=16),
     "pages of 128": problem(page_size=128),
     "without rotary keys": problem(dimensions=(512, 0, 512)),
-    "narrow": problem(64, dimensions=(256, 64, 256)),
+    "64 rows without rotary keys": problem(64, dimensions=(512, 0, 512)),
     "groups": grouped(),
     "groups, 32 rows": grouped(32),
     "groups, causal": grouped(8, s_q=2, queries=128, causal=True),
     "groups, ragged": grouped(s_q=None, causal=True, csr=True, page_size=128),
     "groups, pages of 16": grouped(page_size=16),
     "groups, pages of 32": grouped(20, page_size=32),
-    "groups, two programs side by side": grouped(40, s_q=None, causal=True, csr=True, page_size=16),
+    "groups, 64 rows": grouped(64),
+    "groups, 40 of 64 rows": grouped(40, s_q=None, causal=True, csr=True, page_size=16),
 }
 WHOLE_SM = {"16 rows, a whole SM": problem(), "32 rows, a whole SM": problem(32)}
 """By plans that have one program for each."""
 SPILLED = {
-    "groups, 32 rows": 80,
-    "groups, pages of 32": 80,
-    "groups, two programs side by side": 144,
+    "32 rows": 112,
+    "64 rows": 384,
+    "64 rows without rotary keys": 384,
+    "groups, 32 rows": 160,
+    "groups, causal": 80,
+    "groups, ragged": 96,
+    "groups, pages of 32": 160,
+    "groups, 40 of 64 rows": 512,
+    "groups, 64 rows": 512,
 }
-"""Bytes of stack a thread: two more accumulators of scores take more registers than there are. They
-are read once a block, and never written there."""
+"""Bytes of stack a thread, where accumulators take more than half of its registers: most of it for
+what is to be known of rows at the ends of a group."""
 FEW_BYTES = 64
 
 
@@ -139,6 +146,34 @@ def test_few_requests_have_sms_to_themselves(heads, batch, tile, programs):
     assert variant(fixed).num_warps == 4
 
 
+@pytest.mark.parametrize(("heads", "batch"), [(128, 16), (64, 32), (33, 32), (96, 16)])
+@pytest.mark.parametrize("make", [problem, grouped])
+def test_tiles_of_64_rows_where_there_are_many(make, heads, batch):
+    """Of which one has an SM, in three partitions; not where it depends on how many there are."""
+    given = make(heads, batch=batch, queries=batch)
+    made = decode.geometry(given, CARD)
+    assert (made.row_tile, made.kv_tile, made.lanes) == (64, 64, -(-heads // 64))
+    assert made.lanes * made.parts == CARD.sm_count
+    constants = dict(variant(given).constants)
+    assert constants["MAKER_REGISTERS"] > 0
+    for other in (
+        make(heads, batch=batch - 1, queries=batch - 1),
+        replace(given, fixed_pieces=3),
+    ):
+        assert decode.geometry(other, CARD).row_tile == 32
+        assert dict(variant(other).constants)["MAKER_REGISTERS"] == 0
+
+
+def test_partitions_share_all_registers():
+    """Sixteen warps: two warpgroups of output, one of weights, and the loader's."""
+    for forms in (quantised.FORMS, quantised.GROUPED_FORMS):
+        form = forms[64, 8]
+        for_output = (16 * form.registers - 4 * (form.maker_registers + 24)) // 8
+        assert 16 * 32 * form.registers <= 65536
+        # Of which 128 are accumulators.
+        assert for_output >= 168
+
+
 def test_little_spills(compiled):
     for name, answer in compiled.items():
         assert answer.spilled <= SPILLED.get(name, FEW_BYTES), name
@@ -162,7 +197,7 @@ def ptx_of(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    return compilation.side_by_side(ptx_of, ["16 rows", "groups"])
+    return compilation.side_by_side(ptx_of, ["16 rows", "groups", "64 rows", "groups, 64 rows"])
 
 
 @pytest.fixture
@@ -203,6 +238,21 @@ def test_bytes_of_groups_become_operands_in_registers(grouped_ptx):
     assert grouped_ptx.count(f"{product}.f16.f16") == 32
     assert grouped_ptx.count(f"{product}.bf16.bf16") == 4 + 32
     assert grouped_ptx.count("wgmma.mma_async") == 32 + 4 + 32
+
+
+def test_of_64_rows_a_byte_is_converted_once_for_each_product(texts):
+    """By the one warpgroup that makes weights, and by the two that make the output."""
+    text = texts[2]
+    assert text.count("cvt.rn.f16x2.e4m3x2") == (64 * 576 // 128 + 64 * 512 // 256) // 2
+    product = "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16"
+    assert text.count(product) == 36 + 512 // 128 * 64 // 16
+    assert text.count("wgmma.mma_async") == text.count(product)
+    text = texts[3]
+    assert text.count("cvt.rn.f16x2.e4m3x2") == 64 * 512 // 128 // 2
+    assert text.count("mul.rn.bf16x2") == 64 * 512 // 256 // 2
+    product = "wgmma.mma_async.sync.aligned.m64n64k16.f32"
+    assert text.count(f"{product}.f16.f16") == 32
+    assert text.count(f"{product}.bf16.bf16") == 4 + 16
 
 
 def halves(words: torch.Tensor) -> torch.Tensor:
@@ -281,6 +331,10 @@ REFUSED_SCALES = (
             "e4m3 keys come by TMA, from evenly spaced pages of 16, 32 or a multiple of 64",
         ),
         (
+            {"dimensions": (256, 64, 256)},
+            "of e4m3 keys it reads latents of 512 columns, got 256",
+        ),
+        (
             {"page_size": 48},
             "e4m3 keys come by TMA, from evenly spaced pages of 16, 32 or a multiple of 64",
         ),
@@ -301,7 +355,7 @@ def test_what_it_does_not_take(changes, reason):
 
 
 @pytest.mark.parametrize("make", [problem, grouped])
-@pytest.mark.parametrize(("heads", "rows"), [(1, 16), (16, 16), (17, 32), (33, 32), (128, 32)])
+@pytest.mark.parametrize(("heads", "rows"), [(1, 16), (16, 16), (17, 32), (33, 64), (128, 64)])
 def test_it_comes_first_with_a_tile_for_the_rows(heads, rows, make):
     given = make(heads)
     assert select.name_decode(given, CARD)[0] == "sm90"
@@ -327,10 +381,9 @@ def test_it_follows_every_plan_that_knows_no_storage(impl, heads, make):
         like.kv_tile, like.row_tile, like.parts,
     )  # fmt: skip
     made = variant(given, like)
-    rows = min(like.row_tile, 32)
-    assert dict(made.constants)["ROWS"] == rows
+    assert dict(made.constants)["ROWS"] == like.row_tile
     assert dict(made.constants)["TILE"] == like.kv_tile
-    assert programs(given, followed) == (like.lanes * like.row_tile // rows, like.parts, 1)
+    assert programs(given, followed) == (like.lanes, like.parts, 1)
 
 
 def tensors(given: DecodeProblem, pages: int = 5) -> DecodeTensors:
@@ -403,7 +456,7 @@ def test_a_box_does_not_leave_the_tile_that_a_part_may_begin_at():
     ("config", "rows", "answer"),
     [
         (Config(1), None, (True, "two programs an SM")),
-        (Config(1), 64, (True, "two programs an SM")),
+        (Config(1), 64, (True, "one program an SM")),
         (Config(1), 128, (False, "its tile has 16 or 32 or 64 rows, got 128")),
         (
             Config(2),
@@ -417,9 +470,14 @@ def test_which_configs_are_valid(config, rows, answer):
 
 
 def test_how_many_programs_an_sm_has_is_said():
-    for given, count in (
-        (problem(64), "two programs"),
-        (grouped(16), "two programs"),
-        (grouped(17), "one program"),
+    together = "all warps of which take a block together"
+    for given, rest in (
+        (problem(32), f"two programs an SM, {together}"),
+        (grouped(16), f"two programs an SM, {together}"),
+        (grouped(17), f"one program an SM, {together}"),
+        (
+            problem(64),
+            "one program an SM, one warpgroup of which makes weights while others make the output",
+        ),
     ):
-        assert decode_config.choose(given, CARD)[1].startswith(f"e4m3 keys: {count} an SM")
+        assert decode_config.choose(given, CARD)[1] == f"e4m3 keys: {rest}"

@@ -88,9 +88,11 @@ QUANTISED: tuple[dict[str, Any], ...] = (
     {"heads": 16, "dtype": torch.bfloat16, "stored": "fp8_ds_mla", "parts": 9},
     {"heads": 16, "dtype": torch.bfloat16, "stored": "fp8", "kv_lens": (300, 0, 65) * 3},
     {"heads": 16, "dtype": torch.bfloat16, "stored": "fp8_ds_mla", "kv_lens": (300, 0, 65) * 3},
+    {"heads": 64, "dtype": torch.float16, "stored": "fp8", "kv_lens": (200, 0, 65) * 11},
+    {"heads": 40, "dtype": torch.bfloat16, "stored": "fp8_ds_mla", "kv_lens": (200, 0, 65) * 11},
 )
 """For the Hopper kernel of e4m3 numbers: tiles of 16 and 32 rows, of programs that have an SM and
-of those that share one, which have more than eight tiles."""
+of those that share one, which have more than eight tiles; and of 64, of which there are 32."""
 
 MERGES: tuple[dict[str, Any], ...] = (
     {"dtype": torch.bfloat16},

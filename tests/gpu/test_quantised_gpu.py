@@ -33,6 +33,8 @@ SKEWED = (5000, 0, 1, 63, 64, 65, 700, 2048, 300)
 RAGGED = (3, 2, 0, 70, 1, 64, 0, 9, 4)
 FEW = 3
 """Requests to which the Hopper kernel gives whole SMs; all of `SKEWED` share them."""
+MANY = tuple(131 * i % 700 for i in range(40))
+"""Requests that the Hopper kernel takes by tiles of 64 rows, if they have more than 32."""
 WAYS = (Way("portable"), Way("sm90"))
 HOPPER_FORMS = ("fp8 fused", "fp8 pair", "fp8 without rope", "groups", "656")
 """Forms that the Hopper kernel reads."""
@@ -78,14 +80,18 @@ def test_every_byte_becomes_its_number():
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_heads_and_query_tokens(way, form, s_q, heads):
     for count in heads:
-        for kv_lens in (SKEWED, SKEWED[:FEW]):
+        for kv_lens in (SKEWED, SKEWED[:FEW], MANY):
             judge(made(form, kv_lens=kv_lens, heads=count, s_q=s_q, seed=count), way)
 
 
 @pytest.mark.parametrize(("form", "dtype"), [p for p in FORMS_BY_DTYPE if p[1] != BF16], ids=str)
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_float16(way, form, dtype):
-    for shape in ({"heads": 16}, {"heads": 33, "s_q": 2, "causal": False}):
+    for shape in (
+        {"heads": 16},
+        {"heads": 33, "s_q": 2, "causal": False},
+        {"heads": 40, "kv_lens": MANY},
+    ):
         for logits in ("normal", "large", "dominant_key"):
             judge(made(form, dtype=dtype, logits=logits, **shape), way)
 
@@ -109,6 +115,9 @@ def test_ways_to_call(way, form, changes):
     judge(made(form, **(changes | few)), way)
     if "q_lens" not in changes:
         judge(made(form, kv_lens=[(37 * i) % 400 for i in range(200)], **changes), way)
+    changes = changes | {"heads": 48, "kv_lens": MANY}
+    many = {"q_lens": (RAGGED * 5)[: len(MANY)]} if "q_lens" in changes else {}
+    judge(made(form, **(changes | many)), way)
 
 
 @pytest.mark.parametrize("page_size", [16, 32, 64, 128])
@@ -119,6 +128,8 @@ def test_every_number_of_heads_and_size_of_page(way, form, page_size):
         judge(made(form, heads=heads, page_size=page_size, seed=heads), way)
         few = {"kv_lens": SKEWED[-FEW:], "seed": heads}
         judge(made(form, heads=heads, page_size=page_size, **few), way)
+        if heads > 32:
+            judge(made(form, heads=heads, page_size=page_size, kv_lens=MANY, seed=heads), way)
     for shape in (
         {"heads": 16, "s_q": 4},
         {"heads": 40, "s_q": 3, "causal": False},
@@ -133,8 +144,8 @@ def test_every_number_of_heads_and_size_of_page(way, form, page_size):
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_scales_that_differ_from_key_to_key(way, form, sizes):
     """Any float32 number, not powers of two alone; and 0."""
-    for heads in (16, 33):
-        inputs = made(form, heads=heads, s_q=2)
+    for shape in ({"heads": 16}, {"heads": 33}, {"heads": 24, "kv_lens": MANY}):
+        inputs = made(form, s_q=2, **shape)
         scales = inputs.cache.scales
         generator = torch.Generator("cuda").manual_seed(7)
         factor = torch.rand(scales.shape, generator=generator, device="cuda")
@@ -155,19 +166,21 @@ def test_misaligned_rows(form):
 def test_hostile_logits(way, form, logits):
     for kv_lens in (SKEWED, SKEWED[:FEW]):
         judge(made(form, kv_lens=kv_lens, logits=logits), way)
+    judge(made(form, kv_lens=(*MANY, 5000), logits=logits, heads=64), way)
 
 
+@pytest.mark.parametrize("shape", [{}, {"heads": 64, "kv_lens": SKEWED * 4}], ids=str)
 @pytest.mark.parametrize("form", ALL_SCALED)
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_scales_and_slots(way, form):
+def test_scales_and_slots(way, form, shape):
     """Scales of any size; NaN wherever no key of the request is."""
-    for exponent in (-110, 119, 120, 122):
-        judge(all_scales(made(form), exponent), way)
-    inputs = made(form)
+    for exponent in (-110, 63, 65, 119, 120, 122):
+        judge(all_scales(made(form, **shape), exponent), way)
+    inputs = made(form, **shape)
     expected = judge(inputs, way)
     if expected is None:
         return
-    everything = range(len(SKEWED))
+    everything = range(len(inputs.kv_lens))
     for kept in (everything, everything[:1], everything[-1:]):
         state = run(spoilt(inputs, ~owned_slots(inputs, kept)), way)
         assert torch.equal(state.out[list(kept)], expected.out[list(kept)])
@@ -175,10 +188,11 @@ def test_scales_and_slots(way, form):
     assert state.out[0].isnan().all(), "its keys were spoilt"
 
 
+@pytest.mark.parametrize("kv_lens", [SKEWED, SKEWED * 4], ids=["9 requests", "36 requests"])
 @pytest.mark.parametrize("form", ALL_SCALED)
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_queries_that_are_not_finite(way, form):
-    inputs = made(form, heads=33)
+def test_queries_that_are_not_finite(way, form, kv_lens):
+    inputs = made(form, heads=33, kv_lens=kv_lens)
     if is_refused(inputs, way):
         return
     expected = run(inputs, way)
@@ -226,10 +240,13 @@ def test_a_plan_that_knows_no_cache_is_followed(way, form, heads):
 
 
 @pytest.mark.parametrize("planned", ["no plan", "a plan", "a plan of the format"])
+@pytest.mark.parametrize(
+    "shape", [{}, {"heads": 64, "kv_lens": SKEWED * 4}], ids=["16 heads", "64 heads"]
+)
 @pytest.mark.parametrize("form", ["fp8 fused", "656", "584"])
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_graph_with_new_lengths(way, form, planned):
-    inputs = made(form)
+def test_graph_with_new_lengths(way, form, shape, planned):
+    inputs = made(form, **shape)
     if is_refused(inputs, way):
         return
     buffers = inputs.output_buffers()
@@ -250,8 +267,9 @@ def test_graph_with_new_lengths(way, form, planned):
     with torch.cuda.graph(graph):
         step()
     others = (1, 0, 0, 63, 60, 1, 700, 2000, 299), (4999, 0, 1, 2, 3, 4, 5, 6, 0), [0] * len(SKEWED)
+    times = len(inputs.kv_lens) // len(SKEWED)
     for kv_lens in (SKEWED, *others):
-        inputs.kv_lens.copy_(torch.tensor(kv_lens, dtype=torch.int32))
+        inputs.kv_lens.copy_(torch.tensor(list(kv_lens) * times, dtype=torch.int32))
         for tensor in buffers.values():
             tensor.fill_(float("nan"))
         graph.replay()

@@ -8,7 +8,9 @@ from planting import Edit
 
 ASYMMETRIC = "kernels.sm90.asymmetric"
 PAIRS = "kernels.sm90.pairs"
-QUANTISED = "kernels.sm90.quantised_steps"
+SCORES = "kernels.sm90.quantised_scores"
+OUTPUT = "kernels.sm90.quantised_output"
+APART = "kernels.sm90.quantised_apart"
 VIEWS = "kernels.sm90.views"
 PREFILL = "kernels.sm90.prefill"
 PREFILL_STEPS = "kernels.sm90.prefill_steps"
@@ -72,13 +74,20 @@ MUTANTS = {
     "mask one key too wide over e4m3": HopperMutant(
         "decode, e4m3",
         Edit(
-            QUANTISED,
+            SCORES,
             "(key >= gl.expand_dims(visible_end, 0))",
             "(key > gl.expand_dims(visible_end, 0))",
         ),
     ),
     "lse in base 2 over e4m3": HopperMutant(
-        "decode, e4m3", Edit(QUANTISED, "lse_log2 * LN_2", "lse_log2")
+        "decode, e4m3", Edit(OUTPUT, "lse_log2 * LN_2", "lse_log2")
+    ),
+    "output not rescaled over e4m3, 64 rows": HopperMutant(
+        "decode, e4m3, 64 rows",
+        Edit(APART, "if gl.min(rescale, 0) < 1.0:", "if gl.min(rescale, 0) < -1.0:"),
+    ),
+    "sum not rescaled over e4m3, 64 rows": HopperMutant(
+        "decode, e4m3, 64 rows", Edit(APART, "sums *= as_factor(rescale, SUMS)", "sums *= 1.0")
     ),
     "prefill: scale applied twice": HopperMutant(
         "prefill",

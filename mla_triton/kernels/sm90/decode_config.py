@@ -20,20 +20,24 @@ NAME = "sm90"
 ROW_TILE = 64
 """What one warpgroup multiplies at once."""
 BLOCK = 64
-"""Keys of a block, and of a schedule tile. Two warpgroups that take e4m3 keys together have twice
+"""Keys of a block, and of a schedule tile. Two warpgroups that score e4m3 keys together have twice
 as many in both."""
 OVERHEAD = 5
 """Cost of beginning a group (its queries, its first load, its result), in blocks."""
 QUANTISED_ROW_TILES = (16, 32, 64)
 """The same over a cache of e4m3 numbers, where the keys are a product's rows."""
 QUANTISED_ROWS = 32
-"""Of a program at most: a tile of 64 is two programs side by side."""
+"""Of such a tile, where there are not `MANY_TILES`."""
 PAIRED_ROWS = {False: QUANTISED_ROWS, True: 16}
 """Of a program at most, without scales of groups and with, of which an SM has place for two."""
 FEW_TILES = 8
 """Tiles of rows in a batch up to which an SM has one program all the same: they leave most of it
 idle, and one of two warpgroups is done sooner. 15.0 us against 18.4 for a request of 16384 keys and
 16 heads on an H200, 32.6 against 35.8 for eight of them."""
+MANY_TILES = 32
+"""Tiles of 64 rows in a batch from which on they are used. They make more of the SM, and longer
+ends: 562 us against 682 at 128 requests of 16384 keys and 64 heads on an H200, 44 against 39 at
+four of 4096 and 128."""
 GROUP = 128
 """Columns of a latent with a scale, where all do not share one."""
 FEW_ROWS = 16
@@ -71,6 +75,8 @@ def why_not(problem: DecodeProblem, device: Device) -> str | None:
             "of quantised caches it reads those with one scale for all latents, or bfloat16 rotary "
             f"keys and a float32 scale for each {GROUP} of 512 columns"
         )
+    if problem.storage is not None and problem.value_dim != WIDTHS[0][0]:
+        return f"of e4m3 keys it reads latents of {WIDTHS[0][0]} columns, got {problem.value_dim}"
     if problem.storage is not None and gathers(problem):
         return "e4m3 keys come by TMA, from evenly spaced pages of 16, 32 or a multiple of 64"
     return None
@@ -153,7 +159,10 @@ def choose(problem: DecodeProblem, device: Device, rows: int | None = None) -> t
     if not valid:
         raise ValueError(f"problem must be one that {NAME} takes, got {problem}: {rule}")
     if problem.storage is not None:
-        return one, f"e4m3 keys: {rule}, all warps of which take a block together"
+        is_apart = (row_tile(problem, device) if rows is None else rows) == ROW_TILE
+        work = "makes weights while others make the output" if is_apart else "take a block together"
+        who = "one warpgroup" if is_apart else "all warps"
+        return one, f"e4m3 keys: {rule}, {who} of which {work}"
     return one, "few rows: memory is waited for, and one block at a time has the shorter ends"
 
 
@@ -168,24 +177,34 @@ def row_tiles(problem: DecodeProblem) -> tuple[int, ...]:
 
 
 def programs(problem: DecodeProblem, rows: int) -> int:
-    """Programs with a schedule tile of so many rows that an SM has at a time.
+    """Programs with a tile of so many rows that an SM has at a time.
 
     Two of one warpgroup each have twice the programs to cut a batch for, and one of them has
     products under way while the other makes operands. What they need is place for two of all, and
     work for both.
     """
-    storage, rows = problem.storage, min(rows, QUANTISED_ROWS)
+    storage = problem.storage
     if storage is None or rows > PAIRED_ROWS[storage.group > 0]:
         return 1
     few = problem.batch * cdiv(problem.rows, rows) <= FEW_TILES
     return 1 if few and not problem.fixed_pieces else 2
 
 
+def kv_tile(problem: DecodeProblem, rows: int) -> int:
+    """Keys of a schedule tile, as of a block: twice as many where two warpgroups score them."""
+    is_one = problem.storage is None or rows == ROW_TILE or programs(problem, rows) == 2
+    return BLOCK if is_one else 2 * BLOCK
+
+
 def row_tile(problem: DecodeProblem, device: Device) -> int:
     """Rows of a program, where no plan says otherwise."""
     if problem.storage is None:
         return ROW_TILE
-    return FEW_ROWS if problem.in_any_batch().rows <= FEW_ROWS else QUANTISED_ROWS
+    rows = problem.in_any_batch().rows
+    if rows <= FEW_ROWS:
+        return FEW_ROWS
+    many = problem.batch * cdiv(problem.rows, ROW_TILE) >= MANY_TILES and not problem.fixed_pieces
+    return ROW_TILE if rows > QUANTISED_ROWS and many else QUANTISED_ROWS
 
 
 def geometry(
@@ -199,11 +218,8 @@ def geometry(
         return fitted(problem, like.kv_tile, like.row_tile, 0, like.overhead, like.parts)
     parts = parts if like is None else like.parts
     rows = row_tile(problem, device)
-    count = programs(problem, rows)
-    # Of e4m3 keys one program has two warpgroups, and twice the keys in a block.
-    blocks = 1 if problem.storage is None or count == 2 else 2
-    slots, overhead = device.sm_count * count, cdiv(OVERHEAD, blocks)
-    return fitted(problem, blocks * BLOCK, rows, slots, overhead, parts)
+    slots, keys = device.sm_count * programs(problem, rows), kv_tile(problem, rows)
+    return fitted(problem, keys, rows, slots, cdiv(OVERHEAD * BLOCK, keys), parts)
 
 
 def tuning_point(

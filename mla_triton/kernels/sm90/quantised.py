@@ -4,50 +4,77 @@ What: as `mla_triton.kernels.sm90.decode`, over a cache with one scale for all l
 all rotary keys; or (`GROUPS`) with a scale for each 128 columns of a token's latent, and rotary
 keys of 16 bits. Where: capability 9.0 exactly.
 
-Work: program (lane, part) walks the groups of its part, with a tile of 16 or 32 rows, in two
-partitions: one or two warpgroups that take a block of 64 or 128 keys together, and one warp that
-loads bytes by TMA. Of one warpgroup an SM has two programs. `quantised_steps.py` says how bytes
-become products, and which barriers there are; `quantised_groups.py` what is otherwise with scales
-of groups. Lanes of a part run side by side and share its keys through the L2.
+Work: program (lane, part) walks the groups of its part, with a tile of 16, 32 or 64 rows. Up to 32
+rows it has two partitions (`quantised_steps.py`): one or two warpgroups that take a block of 64 or
+128 keys together, and one warp that loads bytes by TMA. Of one warpgroup an SM has two programs.
+With 64 rows a program has an SM, blocks of 64 keys, and three partitions (`quantised_apart.py`):
+one warpgroup that makes weights of a block, two that make the output of them, and the loader.
+`quantised_scores.py` and `quantised_output.py` are what both have in common, the two products;
+`quantised_operands.py` says how bytes become operands, and `quantised_groups.py` what is otherwise
+with scales of groups. Lanes of a part run side by side and share its keys through the L2.
 
 Budget at latent 512 + rope 64 and one warpgroup: queries 1.125 KiB a row, weights 0.125, two blocks
 of latents of 32 KiB and of rotary keys of 4: 92 KiB for 16 rows, 113 for 32. Registers: 128 a
 thread as launched, 232 for the warpgroup (4 of output a row, half of one of scores) and 24 for the
 loader once they are apart. With two warpgroups twice the keys, half the output a thread: 167 and
 190 KiB, 168 registers as launched and 240. With scales of groups: 101 KiB for 16 rows, and with two
-warpgroups 182 and 217.
+warpgroups 182 and 217. With 64 rows three blocks, or two with scales of groups, and weights of two:
+207 KiB, and 221; 128 registers as launched, then 176 for the output (128 of them accumulators), or
+168, and 136 for the weights, or 152.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from mla_triton.device import Device
 from mla_triton.kernels.common.launch import TYPE_NAMES, Launch, Variant
 from mla_triton.kernels.common.tensors import DecodeTensors
-from mla_triton.kernels.sm90 import quantised_operands, quantised_steps
-from mla_triton.kernels.sm90.decode_config import BLOCK, QUANTISED_ROWS, Config, programs
+from mla_triton.kernels.sm90 import quantised_apart, quantised_operands, quantised_steps
+from mla_triton.kernels.sm90.decode_config import BLOCK, Config, programs
 from mla_triton.kernels.sm90.gluon import GluonASTSource, gl, gluon
 from mla_triton.kernels.sm90.pieces import Call, barriers
 from mla_triton.kernels.sm90.views import maps, row_strides, scale_map, sizes
 from mla_triton.plan import Geometry
 from mla_triton.problem import DecodeProblem
 
-REGISTERS_AT_LAUNCH = {4: 128, 8: 168}
 LOADER_REGISTERS = gl.constexpr(24)
-SLOTS = 2
-"""Blocks of keys in shared memory: one in hand, one on its way."""
-READY = {4: 0, 8: 2}
-"""Operands that are made of latents before the weights are there, by warps: with four the other
-program multiplies meanwhile."""
-GROUPED_READY = {4: 1, 8: 2}
-"""The same with scales of groups: by two warpgroups, with 16 heads and 128 requests of 16384 keys
-on an H200, 389 us with two, 396 with four and 399 with none."""
-STEP = {(16, 4): 64, (32, 4): 32, (16, 8): 64, (32, 8): 64}
-"""Keys of such an operand, by rows and warps. With 32 and four, accumulators are half of what
-registers hold: of 64 keys, the compiler has every product wait for the one before it."""
-GROUPED_STEP = 64
-"""The same with scales of groups, where an operand has half as many columns."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a program goes about its tile, by the rows of it and its warps."""
+
+    registers: int
+    """Of a thread, at launch: what the partitions have is shared out of that."""
+    slots: int
+    """Blocks of keys in shared memory: one in hand, the others on their way."""
+    step: int
+    """Keys of an operand of the second product. With longer ones than these registers are short,
+    and the compiler has every product wait for the one before it."""
+    ready: int
+    """Such operands that are made before the weights are there. With scales of groups and two
+    warpgroups, 389 us with two, 396 with four and 399 with none, at 16 heads and 128 requests of
+    16384 keys on an H200."""
+    maker_registers: int = 0
+    """Of a thread of the warpgroup that makes weights, where that is a partition of its own."""
+
+
+FORMS = {
+    (16, 4): Form(registers=128, slots=2, step=64, ready=0),
+    (32, 4): Form(registers=128, slots=2, step=32, ready=0),
+    (16, 8): Form(registers=168, slots=2, step=64, ready=2),
+    (32, 8): Form(registers=168, slots=2, step=64, ready=2),
+    (64, 8): Form(registers=128, slots=3, step=16, ready=0, maker_registers=136),
+}
+GROUPED_FORMS = {
+    (16, 4): Form(registers=128, slots=2, step=64, ready=1),
+    (16, 8): Form(registers=168, slots=2, step=64, ready=2),
+    (32, 8): Form(registers=168, slots=2, step=64, ready=2),
+    (64, 8): Form(registers=128, slots=2, step=16, ready=0, maker_registers=152),
+}
+"""With scales of groups."""
 ARGUMENTS = (
     ("q_nope", "*T"),
     ("q_rope", "*T"),
@@ -103,6 +130,12 @@ _Shared, _attend, _load_bytes = (
     quantised_steps.attend,
     quantised_steps.load_bytes,
 )
+_Handover, _make_weights, _average, _MAKERS = (
+    quantised_apart.Handover,
+    quantised_apart.make_weights,
+    quantised_apart.average,
+    quantised_apart.MAKERS,
+)
 
 
 @gluon.jit
@@ -117,9 +150,11 @@ def quantised_kernel(
     VALUE: gl.constexpr, TAIL: gl.constexpr, PAGE_SIZE: gl.constexpr, CSR: gl.constexpr,
     RAGGED: gl.constexpr, CAUSAL: gl.constexpr, ROWS: gl.constexpr, TILE: gl.constexpr,
     GROUPS: gl.constexpr, WARPS: gl.constexpr, SLOTS: gl.constexpr, READY: gl.constexpr,
-    STEP: gl.constexpr,
+    STEP: gl.constexpr, MAKER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    KEYS: gl.constexpr = _WARP_KEYS * WARPS
+    APART: gl.constexpr = MAKER_REGISTERS > 0
+    KEYS: gl.constexpr = _WARP_KEYS * (_MAKERS if APART else WARPS)
+    PLACES: gl.constexpr = 2 if APART else 1
     BYTES: gl.constexpr = gl.NVMMASharedLayout(128, 8, 2)
     QUERY: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     WEIGHTS: gl.constexpr = gl.NVMMASharedLayout(2 * ROWS, 16, 2)
@@ -136,7 +171,7 @@ def quantised_kernel(
         rope = gl.allocate_shared_memory(rope_map.dtype, [1, KEYS, TAIL], QUERY)
         key_scales = gl.allocate_shared_memory(gl.float32, [SLOTS, KEYS, GROUPS], PLAIN)
         words = latent._reinterpret(gl.int16, [SLOTS, KEYS, VALUE // 2], QUERY)
-        weights = gl.allocate_shared_memory(gl.bfloat16, [GROUPS, KEYS, ROWS], WEIGHTS)
+        weights = gl.allocate_shared_memory(gl.bfloat16, [PLACES, GROUPS * KEYS, ROWS], WEIGHTS)
     elif TAIL > 0:
         ROPE_BYTES: gl.constexpr = gl.NVMMASharedLayout(TAIL, 8, 2)
         query_rope = gl.allocate_shared_memory(gl.float16, [1, ROWS, TAIL], QUERY)
@@ -147,10 +182,10 @@ def quantised_kernel(
     if GROUPS == 0:
         key_scales = latent
         words = latent
-        weights = gl.allocate_shared_memory(gl.float16, [1, KEYS, ROWS], WEIGHTS)
+        weights = gl.allocate_shared_memory(gl.float16, [PLACES, KEYS, ROWS], WEIGHTS)
     LINES: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    exchange = gl.allocate_shared_memory(gl.float32, [WARPS, ROWS], LINES)
-    full, empty = barriers(SLOTS, 1), barriers(SLOTS, 1)
+    exchange = gl.allocate_shared_memory(gl.float32, [KEYS // _WARP_KEYS, ROWS], LINES)
+    full, empty = barriers(SLOTS, 1), barriers(SLOTS, 2 if APART else 1)
     if GROUPS > 0:
         rope_full, rope_empty = barriers(1, 1), barriers(1, 1)
     else:
@@ -160,32 +195,60 @@ def quantised_kernel(
         query, query_rope, latent, words, rope, key_scales, weights, exchange,
         full, empty, rope_full, rope_empty,
     )  # fmt: skip
-    gl.warp_specialize(
-        [
-            (_attend, (
-                call, shared, q_nope, q_rope, scales, out, lse, partial_out, partial_lse,
-                scale_log2, q_nope_stride_b, q_nope_stride_s, q_nope_stride_h,
-                q_rope_stride_b, q_rope_stride_s, q_rope_stride_h,
-                out_stride_b, out_stride_s, out_stride_h,
-                lse_stride_b, lse_stride_s, lse_stride_h, VALUE, TAIL, GROUPS,
-                WARPS, SLOTS, READY, STEP,
-            )),
-            (_load_bytes, (
-                call, shared, latent_map, rope_map, scale_map, rope_column, page_rows, num_pages,
-                VALUE, TAIL, GROUPS, WARPS, SLOTS,
-            )),
-        ],
-        [1],
-        [LOADER_REGISTERS],
-    )  # fmt: skip
+    if APART:
+        OF_ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        factors = gl.allocate_shared_memory(gl.float32, [PLACES, ROWS], OF_ROWS)
+        maxima = gl.allocate_shared_memory(gl.float32, [1, ROWS], OF_ROWS)
+        sums = gl.allocate_shared_memory(gl.float32, [1, 2 * ROWS, 16], LINES)
+        ready, free = barriers(PLACES, 1), barriers(PLACES, 1)
+        handover = _Handover(factors, ready, free, maxima, sums)
+        gl.warp_specialize(
+            [
+                (_average, (
+                    call, shared, handover, out, partial_out,
+                    out_stride_b, out_stride_s, out_stride_h, VALUE, GROUPS, SLOTS, STEP,
+                )),
+                (_make_weights, (
+                    call, shared, handover, q_nope, q_rope, scales, lse, partial_lse, scale_log2,
+                    q_nope_stride_b, q_nope_stride_s, q_nope_stride_h,
+                    q_rope_stride_b, q_rope_stride_s, q_rope_stride_h,
+                    lse_stride_b, lse_stride_s, lse_stride_h, VALUE, TAIL, GROUPS, SLOTS,
+                )),
+                (_load_bytes, (
+                    call, shared, latent_map, rope_map, scale_map, rope_column, page_rows,
+                    num_pages, VALUE, TAIL, GROUPS, _MAKERS, SLOTS,
+                )),
+            ],
+            [_MAKERS, 1],
+            [MAKER_REGISTERS, LOADER_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_attend, (
+                    call, shared, q_nope, q_rope, scales, out, lse, partial_out, partial_lse,
+                    scale_log2, q_nope_stride_b, q_nope_stride_s, q_nope_stride_h,
+                    q_rope_stride_b, q_rope_stride_s, q_rope_stride_h,
+                    out_stride_b, out_stride_s, out_stride_h,
+                    lse_stride_b, lse_stride_s, lse_stride_h, VALUE, TAIL, GROUPS,
+                    WARPS, SLOTS, READY, STEP,
+                )),
+                (_load_bytes, (
+                    call, shared, latent_map, rope_map, scale_map, rope_column, page_rows,
+                    num_pages, VALUE, TAIL, GROUPS, WARPS, SLOTS,
+                )),
+            ],
+            [1],
+            [LOADER_REGISTERS],
+        )  # fmt: skip
 
 
 def variant(problem: DecodeProblem, config: Config, geometry: Geometry, device: Device) -> Variant:
     """The kernel for a problem: everything but sizes that change from step to step is constant."""
     box = min(BLOCK, problem.page_size, geometry.kv_tile)
     tail, groups = problem.key_tail, groups_of(problem)
-    rows = rows_of(problem, geometry)
-    warps = warps_of(problem, geometry, device)
+    rows, warps = geometry.row_tile, warps_of(problem, geometry, device)
+    form = (GROUPED_FORMS if groups else FORMS)[rows, warps]
     rope = map_type("fp8e4nv", box, tail or CHUNK, tail or CHUNK)
     if groups:
         rope = map_type(TYPE_NAMES[problem.dtype], box, tail, 2 * tail)
@@ -209,14 +272,15 @@ def variant(problem: DecodeProblem, config: Config, geometry: Geometry, device: 
             ("TILE", geometry.kv_tile),
             ("GROUPS", groups),
             ("WARPS", warps),
-            ("SLOTS", SLOTS),
-            ("READY", (GROUPED_READY if groups else READY)[warps]),
-            ("STEP", GROUPED_STEP if groups else STEP[rows, warps]),
+            ("SLOTS", form.slots),
+            ("READY", form.ready),
+            ("STEP", form.step),
+            ("MAKER_REGISTERS", form.maker_registers),
         ),
         ALIGNED,
         num_warps=warps,
         programmatic=True,
-        max_registers=REGISTERS_AT_LAUNCH[warps],
+        max_registers=form.registers,
         source=GluonASTSource,
     )
 
@@ -227,14 +291,8 @@ def groups_of(problem: DecodeProblem) -> int:
     return problem.value_dim // problem.storage.group if problem.storage.group else 0
 
 
-def rows_of(problem: DecodeProblem, geometry: Geometry) -> int:
-    """Rows of a program: those of the schedule's tile, or half of them, of which two programs side
-    by side have one each."""
-    return min(geometry.row_tile, QUANTISED_ROWS)
-
-
 def warps_of(problem: DecodeProblem, geometry: Geometry, device: Device) -> int:
-    """Warps of a program that multiply: four, of which an SM has two programs, or eight.
+    """Warps of a program that make its output: four, of which an SM has two programs, or eight.
 
     A plan that was made for another cache may have one program for each SM, which is then to be of
     eight; not where its results must not depend on how many there are.
@@ -283,5 +341,4 @@ def launch(
     launcher: Launch, problem: DecodeProblem, geometry: Geometry, tensors: DecodeTensors
 ) -> None:
     """Writes `out` and `lse`, or partial results where the schedule cuts a group."""
-    lanes = geometry.lanes * (geometry.row_tile // rows_of(problem, geometry))
-    launcher((lanes, geometry.parts, 1), arguments(problem, geometry, tensors))
+    launcher((geometry.lanes, geometry.parts, 1), arguments(problem, geometry, tensors))

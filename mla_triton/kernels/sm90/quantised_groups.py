@@ -27,12 +27,15 @@ from mla_triton.kernels.sm90.quantised_operands import (
     CHUNK,
     WARP_KEYS,
     as_operand,
+    in_halves,
     load_keys,
     warps_apart,
 )
 
 WORDS = gl.constexpr(64)
 """Pairs of columns of a group."""
+LARGE_SCALE = gl.constexpr(2.0**64)
+"""Far from the largest float32, times 2^8, an e4m3 number, and as many keys as there may be."""
 
 
 @gluon.constexpr_function
@@ -67,38 +70,63 @@ def load_scales(shared, slot, valid, block_keys, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def multiply_grouped_keys(
-    shared, step, slot, zero, scales, factor, ROWS: gl.constexpr, GROUPS: gl.constexpr,
-    WARPS: gl.constexpr, LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """Starts keys x queries^T of a block, `[keys, queries]`: (scores but for the last group, the
-    products of that, which are under way).
-
-    Scores are of the queries as they are: of a latent's columns their multiples by 1 / `factor`
-    were multiplied.
-    """
-    scores = gl.zeros([WARP_KEYS * WARPS, ROWS], gl.float32, LAYOUT)
-    mbarrier.wait(shared.rope_full.index(0), step & 1)
-    queries = shared.query_rope.index(zero).permute((1, 0))
-    product = warpgroup_mma(shared.rope.index(0), queries, scores, use_acc=False, is_async=True)
-    for group in gl.static_range(GROUPS):
-        keys = as_operand(load_keys(shared, slot, group, WARPS), LAYOUT)
-        queries = shared.query.index(zero + group).permute((1, 0))
-        fresh = gl.zeros([WARP_KEYS * WARPS, ROWS], gl.float32, LAYOUT)
-        fresh = warpgroup_mma(keys, queries, fresh, use_acc=False, is_async=True)
-        # One product is under way while that before it is scaled and the next operand is made.
-        product, fresh = warpgroup_mma_wait(1, deps=(product, fresh))
-        if group == 0:
-            mbarrier.arrive(shared.rope_empty.index(0), count=1)
-            scores = product
-        else:
-            scores += product * gl.expand_dims(scales[group - 1] * factor, 1)
-        product = fresh
-    return scores, product
+def more_of_keys(scales, SLACK: gl.constexpr):
+    """What scores of a key count as more than they are, where it is asked whether weights are to be
+    of another largest score: with a scale that is not far from the largest float32 they may not
+    exceed 1."""
+    largest = gl.abs(scales[0])
+    for group in gl.static_range(1, len(scales)):
+        largest = gl.maximum(largest, gl.abs(scales[group]))
+    return gl.where(largest > LARGE_SCALE, SLACK, 0.0)
 
 
 @gluon.jit
-def store_scaled_weights(shared, weights, scales, LAYOUT: gl.constexpr):
+def multiply_grouped_keys(
+    shared, step, slot, zero, scales, factor, ROWS: gl.constexpr, GROUPS: gl.constexpr,
+    WARPS: gl.constexpr, HALVES: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Starts keys x queries^T of a block, `[keys, queries]`: (scores but for rotary keys, the
+    products of those, which are under way).
+
+    Scores are of the queries as they are: of a latent's columns their multiples by 1 / `factor`
+    were multiplied. One product is under way while that before it is scaled and the next operand
+    is made; by `HALVES`, operands take half as many registers, and a group is scaled at its end.
+    """
+    PARTS: gl.constexpr = 2 if HALVES else 1
+    WIDTH: gl.constexpr = CHUNK // PARTS
+    scores = gl.zeros([WARP_KEYS * WARPS, ROWS], gl.float32, LAYOUT)
+    product = scores
+    for group in gl.static_range(GROUPS):
+        fresh = gl.zeros([WARP_KEYS * WARPS, ROWS], gl.float32, LAYOUT)
+        following = load_keys(shared, slot, group, WARPS)
+        parts = in_halves(following) if HALVES else (following,)
+        for part in gl.static_range(PARTS):
+            keys = as_operand(parts[part], LAYOUT)
+            queries = shared.query.index(zero + group).slice(part * WIDTH, WIDTH, dim=1)
+            queries = queries.permute((1, 0))
+            fresh = warpgroup_mma(keys, queries, fresh, use_acc=part > 0, is_async=True)
+            if part < PARTS - 1:
+                fresh = warpgroup_mma_wait(1, deps=(fresh,))
+        if HALVES:
+            fresh = warpgroup_mma_wait(0, deps=(fresh,))
+            scores += fresh * gl.expand_dims(scales[group] * factor, 1)
+        else:
+            if group > 0:
+                product, fresh = warpgroup_mma_wait(1, deps=(product, fresh))
+                scores += product * gl.expand_dims(scales[group - 1] * factor, 1)
+            product = fresh
+    mbarrier.wait(shared.rope_full.index(0), step & 1)
+    queries = shared.query_rope.index(zero).permute((1, 0))
+    fresh = gl.zeros([WARP_KEYS * WARPS, ROWS], gl.float32, LAYOUT)
+    fresh = warpgroup_mma(shared.rope.index(0), queries, fresh, use_acc=False, is_async=True)
+    if not HALVES:
+        product, fresh = warpgroup_mma_wait(1, deps=(product, fresh))
+        scores += product * gl.expand_dims(scales[GROUPS - 1] * factor, 1)
+    return scores, fresh
+
+
+@gluon.jit
+def store_scaled_weights(target, weights, scales):
     """For each group the weights of a block times its scales, `[keys, queries]`.
 
     Together: between four stores to one allocation the compiler has the warps wait for each other.
@@ -107,9 +135,7 @@ def store_scaled_weights(shared, weights, scales, LAYOUT: gl.constexpr):
     outer = gl.join(scaled(weights, first), scaled(weights, third))
     inner = gl.join(scaled(weights, second), scaled(weights, fourth))
     every = gl.join(outer, inner).permute([2, 3, 0, 1])
-    rows: gl.constexpr = 4 * weights.shape[0]
-    target = shared.weights._reinterpret(gl.bfloat16, [rows, weights.shape[1]], LAYOUT)
-    target.store(every.reshape([rows, weights.shape[1]]))
+    target.store(every.reshape([4 * weights.shape[0], weights.shape[1]]))
 
 
 @gluon.jit
@@ -155,9 +181,9 @@ NaN already.
 
 
 @gluon.jit
-def load_words(shared, slot, turn, STEP: gl.constexpr, WARPS: gl.constexpr):
+def load_words(shared, slot, turn, KEYS: gl.constexpr, STEP: gl.constexpr, WARPS: gl.constexpr):
     """Pairs of the 128 columns of a group of `STEP` keys of a block."""
-    TURNS: gl.constexpr = WARP_KEYS * WARPS // STEP
+    TURNS: gl.constexpr = KEYS // STEP
     part = shared.words.index(slot).slice(turn // TURNS * WORDS, WORDS, dim=1)
     return part.slice(turn % TURNS * STEP, STEP, dim=0).load(value_words(STEP, WARPS))
 

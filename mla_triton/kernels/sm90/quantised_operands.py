@@ -7,7 +7,15 @@ chosen so that a thread's bytes lie side by side.
 
 # No `from __future__ import annotations`: Triton reads the annotations.
 
-from mla_triton.kernels.sm90.gluon import fence_async_shared, gl, gluon, sync_threads
+from mla_triton.kernels.sm90.gluon import (
+    commit_copies,
+    copy_async,
+    fence_async_shared,
+    gl,
+    gluon,
+    sync_threads,
+    wait_copies,
+)
 from mla_triton.kernels.sm90.pieces import row_offsets
 
 CHUNK = gl.constexpr(128)
@@ -125,43 +133,13 @@ def as_rows_of_output(accumulator, ROWS: gl.constexpr, WARPS: gl.constexpr):
     return parts.permute([5, 1, 2, 4, 0, 3]).reshape([ROWS, WARP_COLUMNS * WARPS])
 
 
-# -- what warps tell each other of queries
+# -- queries
 
 
 @gluon.constexpr_function
-def all_warps(rows, warps):
-    """A layout of `[warps, queries]`: a thread has what all warps say of the queries that are its
-    columns of a product."""
-    registers, row = [[0, 1]], 8
-    while row < rows:
-        registers.append([0, row])
-        row *= 2
-    bits = range(warps.bit_length() - 1)
-    registers += [[1 << bit, 0] for bit in bits]
-    lanes = [[0, 2], [0, 4], [0, 0], [0, 0], [0, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[0, 0] for _ in bits], [], [warps, rows])
-
-
-@gluon.jit
-def of_all_warps(own, exchange):
-    """What each warp says of the queries, `[warps, queries]`, to every thread.
-
-    A reduction by the compiler would go through shared memory twice, and all warps wait for each
-    other each time.
-    """
-    exchange.store(own)
-    return exchange.load(all_warps(own.shape[1], own.shape[0]))
-
-
-@gluon.jit
-def largest_of_block(scores, exchange, WARPS: gl.constexpr):
-    """Of each query the largest score of a block, `[keys, queries]`."""
-    BY_ROW: gl.constexpr = gl.SliceLayout(0, scores.type.layout)
-    own = gl.max(scores.reshape([WARPS, WARP_KEYS, scores.shape[1]]), 1)
-    return gl.convert_layout(gl.max(of_all_warps(own, exchange), 0), BY_ROW, assert_trivial=True)
-
-
-# -- queries
+def row_each(warps):
+    """A layout of queries of which a thread has one, if there are as many threads."""
+    return gl.BlockedLayout([1], [32], [warps], [0])
 
 
 @gluon.constexpr_function
@@ -176,6 +154,21 @@ def load_columns(source, rows, COLUMN: gl.constexpr, WIDTH: gl.constexpr, WARPS:
     """Columns of the rows of a tile, from where the offsets are."""
     columns = COLUMN + gl.arange(0, WIDTH, gl.SliceLayout(0, query_lines(WIDTH, WARPS)))
     return gl.load(source + gl.expand_dims(rows, 1) + gl.expand_dims(columns, 0))
+
+
+@gluon.jit
+def copy_columns(
+    source, rows, COLUMN: gl.constexpr, WIDTH: gl.constexpr, WARPS: gl.constexpr, target
+):
+    """Starts copying them to shared memory."""
+    columns = COLUMN + gl.arange(0, WIDTH, gl.SliceLayout(0, query_lines(WIDTH, WARPS)))
+    copy_async(target, source + gl.expand_dims(rows, 1) + gl.expand_dims(columns, 0))
+
+
+@gluon.jit
+def as_they_are(place, source):
+    """The place of queries as one of numbers of their own type, of 16 bits as well."""
+    return place._reinterpret(source.dtype.element_ty, place.shape, place.layout)
 
 
 @gluon.jit
@@ -203,26 +196,45 @@ def prepare_queries(
     `is_zero` is whether latents are, because their scale is. With scales of groups the rotary part
     stays what it is: its keys have no scale, nor its products the factor.
     """
-    FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    FLAT: gl.constexpr = row_each(WARPS)
     LINES: gl.constexpr = query_lines(CHUNK, WARPS)
+    ROPE_LINES: gl.constexpr = query_lines(TAIL if TAIL > 0 else CHUNK, WARPS)
+    # All that is loaded is on its way before the first of it is waited for: to registers, or, if
+    # they do not hold it, to where it is to be.
+    IS_HELD: gl.constexpr = call.ROWS <= 8 * WARPS
+    tile_rows = gl.arange(0, call.ROWS, FLAT)
     rows = row_offsets(
-        call, request, first_row, gl.arange(0, call.ROWS, gl.SliceLayout(1, LINES)),
-        nope_stride_b, nope_stride_s, nope_stride_h,
-    )  # fmt: skip
-    # All that is loaded is on its way before the first of it is waited for.
+        call, request, first_row, tile_rows, nope_stride_b, nope_stride_s, nope_stride_h
+    )
+    rows = gl.convert_layout(rows, gl.SliceLayout(1, LINES))
     chunks = ()
     for chunk in gl.static_range(CHUNKS):
-        chunks += (load_columns(q_nope, rows, chunk * CHUNK, CHUNK, WARPS),)  # type: ignore
+        place = as_they_are(shared.query.index(chunk), q_nope)
+        if IS_HELD:
+            chunks += (load_columns(q_nope, rows, chunk * CHUNK, CHUNK, WARPS),)  # type: ignore
+        else:
+            copy_columns(q_nope, rows, chunk * CHUNK, CHUNK, WARPS, place)
+            chunks += (place,)  # type: ignore
     if TAIL > 0:
-        ROPE_LINES: gl.constexpr = query_lines(TAIL, WARPS)
         rope_rows = row_offsets(
-            call, request, first_row, gl.arange(0, call.ROWS, gl.SliceLayout(1, ROPE_LINES)),
-            rope_stride_b, rope_stride_s, rope_stride_h,
-        )  # fmt: skip
-        rope = load_columns(q_rope, rope_rows, 0, TAIL, WARPS)
-    largest = magnitude(chunks[0])  # type: ignore
-    for chunk in gl.static_range(1, CHUNKS):
-        largest = gl.maximum(largest, magnitude(chunks[chunk]))
+            call, request, first_row, tile_rows, rope_stride_b, rope_stride_s, rope_stride_h
+        )
+        rope_rows = gl.convert_layout(rope_rows, gl.SliceLayout(1, ROPE_LINES))
+        place = as_they_are(shared.query_rope.index(0), q_rope)
+        if IS_HELD:
+            rope = load_columns(q_rope, rope_rows, 0, TAIL, WARPS)
+        else:
+            copy_columns(q_rope, rope_rows, 0, TAIL, WARPS, place)
+    if not IS_HELD:
+        commit_copies()
+        wait_copies(0)
+        sync_threads()
+        if TAIL > 0:
+            rope = place.load(ROPE_LINES)
+    largest = gl.zeros([call.ROWS, CHUNK], gl.float32, LINES)
+    for chunk in gl.static_range(CHUNKS):
+        values = chunks[chunk] if IS_HELD else chunks[chunk].load(LINES)  # type: ignore
+        largest = gl.maximum(largest, magnitude(values))
     peak = gl.convert_layout(gl.max(largest, 1), FLAT)
     if TAIL > 0 and GROUPS == 0:
         peak = gl.maximum(peak, gl.convert_layout(gl.max(magnitude(rope), 1), FLAT))
@@ -234,12 +246,13 @@ def prepare_queries(
     factor = ((254 + TOP_EXPONENT - exponent) << 23).to(gl.float32, bitcast=True)
     inverse = (exponent - TOP_EXPONENT << 23).to(gl.float32, bitcast=True)
     for chunk in gl.static_range(CHUNKS):
-        values = chunks[chunk]  # type: ignore
+        values = chunks[chunk] if IS_HELD else chunks[chunk].load(LINES)
         if is_zero:
             values = gl.zeros_like(values)
         store_queries(values, factor, shared.query.index(chunk), CHUNK)
     if GROUPS > 0:
-        shared.query_rope.index(0).store(rope)
+        if IS_HELD:
+            shared.query_rope.index(0).store(rope)
     elif TAIL > 0:
         store_queries(rope, factor, shared.query_rope.index(0), TAIL)
     fence_async_shared()
