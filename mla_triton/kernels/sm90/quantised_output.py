@@ -59,15 +59,6 @@ def rescaled(accumulators, rescale):
 
 
 @gluon.jit
-def waited(results):
-    """Accumulators, once all products are done; as a tuple, of however many."""
-    if len(results) == 1:
-        return (warpgroup_mma_wait(0, deps=results),)
-    else:
-        return warpgroup_mma_wait(0, deps=results)
-
-
-@gluon.jit
 def clear_past(shared, slot, valid, VALUE: gl.constexpr, KEYS: gl.constexpr, WARPS: gl.constexpr):
     """Zeroes the latents of a block from `valid` on: what lies there may be NaN, and 0 x NaN is."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
@@ -149,7 +140,7 @@ def add_block(
             if turn >= len(ready):
                 accumulator = warpgroup_mma_wait(1, deps=(accumulator,))
         results += (accumulator,)  # type: ignore
-    return waited(results)
+    return warpgroup_mma_wait(0, deps=results)
 
 
 # -- results
